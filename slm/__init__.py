@@ -1,0 +1,1 @@
+"""slm: small language models in JAX."""

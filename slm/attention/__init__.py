@@ -1,0 +1,10 @@
+"""Attention mechanisms as pure functions on arrays: no Flax, no config.
+
+Letters in names and einsums: B batch, T query time, S key time, H query heads, G key/value heads, R = H/G query heads
+per key head, K size of a query/key head, V size of a value head, D width of the residual stream, F feed-forward width.
+Arrays are (batch, time, heads, dim). Query head h reads key head h // R: groups are consecutive.
+"""
+
+from slm.attention.softmax import cached_attention, choose_implementation, softmax_attention
+
+__all__ = ["cached_attention", "choose_implementation", "softmax_attention"]

@@ -1,0 +1,175 @@
+"""Exact softmax attention (Vaswani et al. 2017) with grouped heads, window, sinks, soft cap and document boundaries."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128
+"""Queries that the blocked implementation handles at once."""
+
+
+def softmax_attention(
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    window=None,
+    sinks=0,
+    sink_logits=None,
+    softcap=None,
+    scale=None,
+    segment_ids=None,
+    implementation="auto",
+):
+    """softmax(scale * q k^T + mask) v, accumulated in float32 whatever the input's type.
+
+    Args:
+      q: (B, T, H, K).
+      k: (B, T, G, K), G divides H; query head h reads key head h // (H/G).
+      v: (B, T, G, V).
+      causal: key j is seen by query i only if j <= i.
+      window: W: key j is seen by query i only if i - j < W (and j - i < W without `causal`), so W counts the query.
+      sinks: the first `sinks` keys stay visible beyond the window (StreamingLLM, Xiao et al. 2024).
+      sink_logits: (H,): exp(sink_h), not scaled, joins the denominator (gpt-oss).
+      softcap: c: logits become c tanh(logits / c) before masking (Gemma 2).
+      scale: None means K**-0.5.
+      segment_ids: (B, T) integers: a query sees only keys of its own segment.
+      implementation: "xla" one masked product; "blocked" blocks of queries that skip the keys no query of theirs can
+        see, and recompute in the backward pass; "cudnn" NVIDIA's fused kernel; "auto" see `choose_implementation`.
+
+    Returns:
+      (B, T, H, V) of q's dtype.
+
+    Raises:
+      ValueError: shapes do not agree, or the named implementation cannot serve the request.
+    """
+    _check(q, k, v, window, segment_ids)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    extras = sinks > 0 or sink_logits is not None or softcap is not None or segment_ids is not None
+    if implementation == "auto":
+        implementation = choose_implementation(q.shape, q.dtype, causal=causal, window=window, extras=extras)
+    mask = functools.partial(_visible, causal=causal, window=window, sinks=sinks)
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, causal, window, extras, scale)
+    if implementation == "xla":
+        at = jnp.arange(q.shape[1])
+        keep = mask(at[:, None], at[None, :])[None]
+        if segment_ids is not None:
+            keep &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        return _attend(q, k, v, keep, scale, softcap, sink_logits)
+    if implementation == "blocked":
+        return _blocked(q, k, v, mask, causal, window, sinks, segment_ids, scale, softcap, sink_logits)
+    raise ValueError(f"implementation = {implementation!r}: must be auto, xla, blocked or cudnn")
+
+
+def choose_implementation(shape, dtype, *, causal=True, window=None, extras=False, platform=None) -> str:
+    """What `implementation="auto"` means for queries of `shape` (B, T, H, K) on `platform` (None: the default one).
+
+    `extras`: sinks, soft cap or segments are asked for, which cuDNN cannot serve.
+    """
+    platform = platform or jax.default_backend()
+    _, T, _, K = shape
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    if platform == "gpu" and half and not extras and K % 8 == 0 and K <= 128 and (window is None or causal):
+        return "cudnn"
+    return "blocked" if T > BLOCK else "xla"
+
+
+def cached_attention(q, k, v, query_positions, key_positions, *, window=None, softcap=None, scale=None):
+    """Causal attention of new queries over cached keys in any order, as a decode step needs it.
+
+    Args:
+      q: (B, T, H, K). k: (B, S, G, K). v: (B, S, G, V).
+      query_positions: (B, T) integers. key_positions: (B, S) integers, -1 where the slot is empty.
+      window, softcap, scale: as in `softmax_attention`.
+
+    Returns:
+      (B, T, H, V); a query that sees no key (padding) gets an average of everything, never NaN.
+    """
+    i, j = query_positions[:, :, None], key_positions[:, None, :]
+    keep = _visible(i, j, causal=True, window=window, sinks=0) & (j >= 0)
+    return _attend(q, k, v, keep, q.shape[-1] ** -0.5 if scale is None else scale, softcap, None)
+
+
+def _check(q, k, v, window, segment_ids):
+    B, T, H, K = q.shape
+    if k.shape[:2] != (B, T) or k.shape[3] != K or v.shape[:3] != k.shape[:3] or H % k.shape[2]:
+        raise ValueError(
+            f"shapes do not agree: q {q.shape}, k {k.shape}, v {v.shape}; expected (B,T,H,K), (B,T,G,K), (B,T,G,V) "
+            "with G dividing H"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: must be at least 1, since it counts the query itself")
+    if segment_ids is not None and segment_ids.shape != (B, T):
+        raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {(B, T)}")
+
+
+def _visible(i, j, *, causal, window, sinks):
+    keep = j <= i if causal else jnp.ones(jnp.broadcast_shapes(i.shape, j.shape), bool)
+    if window is not None:
+        near = i - j < window if causal else jnp.abs(i - j) < window
+        keep &= near | (j < sinks)
+    return keep
+
+
+def _attend(q, k, v, keep_BxTxS, scale, softcap, sink_logits):
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    q = q.reshape(B, T, G, H // G, K) * jnp.asarray(scale, q.dtype)
+    logits = jnp.einsum("BTGRK,BSGK->BGRTS", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    # Finite, so that a row without any key stays NaN-free; it underflows to exactly 0 in every other row.
+    logits = jnp.where(keep_BxTxS[:, None, None], logits, -1e30)
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    if sink_logits is not None:
+        sink = sink_logits.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+        top = jnp.maximum(top, jax.lax.stop_gradient(sink))
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1, keepdims=True)
+    if sink_logits is not None:
+        total += jnp.exp(sink - top)
+    weights = (weights / total).astype(v.dtype)
+    out = jnp.einsum("BGRTS,BSGV->BTGRV", weights, v, preferred_element_type=jnp.float32)
+    return out.reshape(B, T, H, v.shape[-1]).astype(q.dtype)
+
+
+def _blocked(q, k, v, mask, causal, window, sinks, segment_ids, scale, softcap, sink_logits):
+    T = q.shape[1]
+
+    @jax.checkpoint
+    def block(q, k, v, i, j, segments_q, segments_k, sink_logits):
+        keep = mask(i[:, None], j[None, :])[None]
+        if segments_q is not None:
+            keep &= segments_q[:, :, None] == segments_k[:, None, :]
+        return _attend(q, k, v, keep, scale, softcap, sink_logits)
+
+    outs = []
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        last = stop if causal else (T if window is None else min(T, stop + window - 1))
+        first = 0 if window is None else max(0, start - window + 1)
+        spans = [(0, min(sinks, first)), (first, last)] if sinks and first else [(first, last)]
+
+        def take(x, spans=spans):
+            parts = [x[:, a:b] for a, b in spans]
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
+
+        rows = slice(start, stop)
+        j = take(jnp.arange(T)[None])[0]
+        segments = (None, None) if segment_ids is None else (segment_ids[:, rows], take(segment_ids))
+        outs.append(block(q[:, rows], take(k), take(v), jnp.arange(start, stop), j, *segments, sink_logits))
+    return jnp.concatenate(outs, 1)
+
+
+def _cudnn(q, k, v, causal, window, extras, scale):
+    if extras:
+        raise ValueError("cudnn attention cannot serve sinks, sink_logits, softcap or segment_ids: use blocked or auto")
+    if window is not None and not causal:
+        raise ValueError("cudnn attention cannot serve a window without causal: use blocked or auto")
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
+    )

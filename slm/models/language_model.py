@@ -1,0 +1,58 @@
+"""A trained model as one value: parameters, the experiment that made them, and the tokenizer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from slm.config import Experiment
+from slm.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """What `slm.load` returns and `slm.logits`, `slm.generate`, `slm.evaluate` take."""
+
+    params: Any
+    """Float32 parameter tree of `Transformer.init`."""
+    config: Experiment
+    """With model.vocab_size and model.max_length filled in."""
+    tokenizer: Any
+    """slm.data.tokenizers.Tokenizer."""
+
+    @property
+    def transformer(self) -> Transformer:
+        return Transformer(self.config.model, jnp.float32)
+
+    def __repr__(self) -> str:
+        from slm.models.counts import parameter_counts
+
+        m = self.config.model
+        return (
+            f"LanguageModel({self.config.name}: {parameter_counts(m)['total']:,} parameters, {m.layers} layers of "
+            f"{'/'.join(m.attention)}, width {m.width}, vocabulary {m.vocab_size})"
+        )
+
+
+def logits(model: LanguageModel, tokens, attention_mask=None, token_type_ids=None):
+    """Next-token logits.
+
+    Args:
+      model: a language model.
+      tokens: (B, T) integers.
+      attention_mask: (B, T), 1 for tokens and 0 for padding, which no token sees; positions count tokens only.
+      token_type_ids: encoders only; raises ValueError for a decoder.
+
+    Returns:
+      (B, T, vocab) float32.
+    """
+    if token_type_ids is not None:
+        raise ValueError("token_type_ids: this model is a decoder and has no token types")
+    tokens = jnp.asarray(tokens, jnp.int32)
+    segment_ids = positions = None
+    if attention_mask is not None:
+        segment_ids = jnp.asarray(attention_mask, jnp.int32)
+        positions = jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
+    transformer = model.transformer
+    hidden, _ = transformer.hidden(model.params, tokens, segment_ids=segment_ids, positions=positions)
+    return transformer.logits(model.params, hidden)

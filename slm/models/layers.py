@@ -1,0 +1,61 @@
+"""The small linen modules that blocks are made of."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from slm.config import ModelConfig
+
+
+def dense(features: int, name: str, cfg: ModelConfig, dtype: Any, std: float | None = None) -> nn.Dense:
+    """A projection x (..., in) -> (..., features) with kernel (in, features), normal(std or cfg.init_std)."""
+    init = nn.initializers.normal(cfg.init_std if std is None else std)
+    return nn.Dense(features, use_bias=cfg.bias, dtype=dtype, kernel_init=init, name=name)
+
+
+def norm(name: str, cfg: ModelConfig, dtype: Any) -> nn.Module:
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016); statistics in float32."""
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=cfg.norm_eps, use_bias=cfg.bias, dtype=dtype, name=name)
+
+
+def residual_std(cfg: ModelConfig) -> float:
+    """Scale of projections into the residual stream, so that its variance does not grow with depth (GPT-2)."""
+    return cfg.init_std / (2 * cfg.layers) ** 0.5
+
+
+ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "gelu": jax.nn.gelu,
+    "relu2": lambda x: jax.nn.relu(x) ** 2,
+}
+GATED = ("swiglu", "geglu")
+
+
+def mlp_width(cfg: ModelConfig) -> int:
+    """F: cfg.mlp_width, or 8/3 D (gated) or 4 D (plain), rounded up to a multiple of 32."""
+    if cfg.mlp_width is not None:
+        return cfg.mlp_width
+    wanted = 8 * cfg.width / 3 if cfg.mlp in GATED else 4 * cfg.width
+    return -int(-wanted // 32) * 32
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * up x) if gated (Shazeer 2020), else down(act(up x)). (B, T, D) -> (B, T, D)."""
+
+    cfg: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        cfg, F = self.cfg, mlp_width(self.cfg)
+        activation = ACTIVATIONS[cfg.mlp]
+        up = dense(F, "up", cfg, self.dtype)(x_BxTxD)
+        if cfg.mlp in GATED:
+            hidden = activation(dense(F, "gate", cfg, self.dtype)(x_BxTxD)) * up
+        else:
+            hidden = activation(up)
+        return dense(cfg.width, "down", cfg, self.dtype, residual_std(cfg))(hidden)

@@ -1,0 +1,166 @@
+"""The decoder: a function of (parameters, tokens), with layers stacked and scanned.
+
+Parameters: {"embed": {"embedding" (V, D)[, "position"]}, "blocks": {"0": ..., "1": ...}, "final_norm": ...[, "head"]}.
+`blocks/i` holds layer i of the pattern, stacked over the repeats of the pattern on a leading axis; layers that do not
+fill a whole period stand in `tail/i`, stacked with length 1. Scanning, unrolling and remat read the same tree.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from slm.config import ModelConfig
+from slm.errors import ConfigError
+from slm.models.blocks import Block
+from slm.models.layers import norm
+from slm.models.mixers import MIXERS, Context, head_dim
+from slm.models.rope import rope_tables
+
+REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A decoder-only transformer.
+
+    Raises ConfigError where `cfg.attention` names no mixer.
+    """
+
+    cfg: ModelConfig
+    """vocab_size must be set, and max_length too if positions are learned."""
+    dtype: Any = jnp.float32
+    """Compute dtype; parameters are created in float32 and used in whatever dtype they are given."""
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x
+    """Applied to the residual stream (B, T, D) before every layer: the place for a sharding constraint."""
+
+    def __post_init__(self):
+        for name in self.cfg.attention:
+            if name not in MIXERS:
+                near = difflib.get_close_matches(name, MIXERS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MIXERS)}"
+                raise ConfigError(f"model.attention: no mechanism {name!r}: {hint}")
+        if not self.cfg.vocab_size:
+            raise ConfigError("model.vocab_size = 0: set it, or give a tokenizer whose size it can take")
+        if self.cfg.position == "learned" and not self.cfg.max_length:
+            raise ConfigError("model.max_length must be set for model.position = learned")
+
+    @property
+    def groups(self) -> dict[str, tuple[tuple[str, ...], int]]:
+        """Group name to (pattern of mixer names, repeats), in order of depth."""
+        pattern = self.cfg.attention[: self.cfg.layers]
+        repeats, rest = divmod(self.cfg.layers, len(pattern))
+        groups = {"blocks": (pattern, repeats)}
+        return groups | ({"tail": (pattern[:rest], 1)} if rest else {})
+
+    def init(self, key: jax.Array) -> dict:
+        """Random float32 parameters from one key."""
+        cfg = self.cfg
+        x_BxTxD = jnp.zeros((1, 1, cfg.width))
+        context = self._context(jnp.zeros((1, 1), jnp.int32), None)
+        keys = iter(jax.random.split(key, cfg.layers + 3))
+        normal = nn.initializers.normal(cfg.init_std)
+        params = {"embed": {"embedding": normal(next(keys), (cfg.vocab_size, cfg.width))}}
+        if cfg.position == "learned":
+            params["embed"]["position"] = normal(next(keys), (cfg.max_length, cfg.width))
+        for group, (pattern, repeats) in self.groups.items():
+            params[group] = {}
+            for i, mixer in enumerate(pattern):
+                block = Block(cfg, mixer, jnp.float32)
+                block_keys = jax.random.split(next(keys), repeats)
+                params[group][str(i)] = jax.vmap(lambda k, b=block: b.init(k, x_BxTxD, context)["params"])(block_keys)
+        params["final_norm"] = self._norm().init(key, x_BxTxD)["params"]
+        if not cfg.tied:
+            params["head"] = {"kernel": normal(next(keys), (cfg.width, cfg.vocab_size))}
+        return params
+
+    def hidden(self, params, tokens, *, segment_ids=None, positions=None, cache=None):
+        """Final hidden states.
+
+        Args:
+          params: the tree of `init`, in any float dtype.
+          tokens: (B, T) int32.
+          segment_ids: (B, T) int32: tokens see only their own segment; None: one segment.
+          positions: (B, T) int32; None: 0 ... T-1. With a cache, -1 marks padding.
+          cache: None, or the tree of `init_cache`, which is read and extended.
+
+        Returns:
+          (hidden (B, T, D) after the last norm, new cache or None).
+        """
+        cfg = self.cfg
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        context = self._context(positions, segment_ids)
+        x = params["embed"]["embedding"].astype(self.dtype)[tokens]
+        if cfg.position == "learned":
+            x += params["embed"]["position"].astype(self.dtype)[positions]
+        new_cache = {}
+        for group, (pattern, _) in self.groups.items():
+            group_cache = None if cache is None else cache[group]
+            x, new_cache[group] = self._run(pattern, params[group], x, context, group_cache)
+        x = self._norm().apply({"params": params["final_norm"]}, self.constrain(x))
+        return x, None if cache is None else new_cache
+
+    def _run(self, pattern, params, x, context, cache):
+        """Layers of one group, by scan or by a loop over slices of the same stacked trees."""
+
+        def period(x, layer):
+            layer_params, layer_cache = layer
+            new_cache = {}
+            for i, mixer in enumerate(pattern):
+                block = Block(self.cfg, mixer, self.dtype)
+                old = None if layer_cache is None else layer_cache[str(i)]
+                x, new_cache[str(i)] = block.apply({"params": layer_params[str(i)]}, self.constrain(x), context, old)
+            return x, None if layer_cache is None else new_cache
+
+        if self.cfg.remat != "none" and cache is None:
+            # CSE cannot undo the recomputation across iterations of a scan, so its guard is only needed unrolled.
+            period = jax.checkpoint(period, policy=REMAT[self.cfg.remat], prevent_cse=not self.cfg.scan)
+        if self.cfg.scan:
+            return jax.lax.scan(period, x, (params, cache))
+        news = []
+        for n in range(len(jax.tree.leaves(params)[0])):
+            x, new = period(x, jax.tree.map(lambda a, n=n: a[n], (params, cache)))
+            news.append(new)
+        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *news)
+
+    def unembedding(self, params) -> jax.Array:
+        """(D, V) matrix from hidden states to logits."""
+        return params["embed"]["embedding"].T if self.cfg.tied else params["head"]["kernel"]
+
+    def logits(self, params, hidden) -> jax.Array:
+        """float32 (..., V) from hidden (..., D), soft-capped if the config says so."""
+        kernel = self.unembedding(params).astype(hidden.dtype)
+        return softcap(jnp.dot(hidden, kernel, preferred_element_type=jnp.float32), self.cfg.logit_softcap)
+
+    def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict:
+        """Empty decode cache for `batch` sequences of at most `length` tokens."""
+        cache = {}
+        for group, (pattern, repeats) in self.groups.items():
+            one = {
+                str(i): MIXERS[mixer].init_cache(self.cfg, batch, length, dtype or self.dtype)
+                for i, mixer in enumerate(pattern)
+            }
+            cache[group] = jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), one)
+        return cache
+
+    def _norm(self):
+        return norm("final_norm", self.cfg, self.dtype)
+
+    def _context(self, positions, segment_ids) -> Context:
+        cfg = self.cfg
+        rope = None
+        if cfg.position == "rope":
+            rope = rope_tables(positions, head_dim(cfg), cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor)
+        return Context(positions, segment_ids, rope)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def softcap(logits, cap: float | None):
+    """cap * tanh(logits / cap); the identity for None."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
