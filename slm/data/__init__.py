@@ -1,0 +1,1 @@
+"""From text to batches: sources, tokenizers, cached token arrays, windows, and the pipeline that ties them together."""
