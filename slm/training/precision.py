@@ -1,0 +1,68 @@
+"""Compute precision, and the dynamic loss scale that float16 needs.
+
+Master weights and optimizer state are float32 whatever the compute precision (Micikevicius et al. 2018). bfloat16 has
+the exponent range of float32 and needs no scaling; float16 gradients underflow below 6e-8 without it.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm.training.state import LossScale
+
+GROW_AFTER = 2000  # finite steps before the scale doubles, as in PyTorch's GradScaler and NVIDIA Apex
+LARGEST = 2.0**24
+SMALLEST = 1.0
+# Halving from LARGEST reaches SMALLEST within 24 steps, so by now the smallest scale has overflowed at least 10 times:
+# the gradients are not too large for float16, they are broken.
+STUCK_AFTER = int(math.log2(LARGEST / SMALLEST)) + 10
+
+
+def compute_dtype(precision: str) -> jnp.dtype:
+    """dtype of activations and matrix products for train.precision."""
+    return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}[precision])
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    """`tree` with its floating-point leaves as `dtype`; integers, booleans and keys stay as they are."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def scale_loss(loss: jax.Array, loss_scale: LossScale) -> jax.Array:
+    """float32 loss times the scale, to differentiate. (The product exceeds what float16 can hold.)"""
+    return loss.astype(jnp.float32) * loss_scale.scale
+
+
+def unscale(grads: Any, loss_scale: LossScale) -> Any:
+    """float32 gradients of the unscaled loss; an overflow stays infinite or NaN. Call before clipping."""
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / loss_scale.scale, grads)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """bool (): no leaf holds an infinity or a NaN."""
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def update(loss_scale: LossScale, finite: jax.Array) -> LossScale:
+    """The scale for the next step: doubled after GROW_AFTER finite steps in a row, halved after an overflow.
+
+    Args:
+      loss_scale: the one the step used.
+      finite: bool (); False: the step's gradients overflowed and the step was skipped.
+    """
+    good_steps = jnp.where(finite, loss_scale.good_steps + 1, 0)
+    grow = good_steps >= GROW_AFTER
+    grown = jnp.where(grow, jnp.minimum(loss_scale.scale * 2, LARGEST), loss_scale.scale)
+    return LossScale(
+        scale=jnp.where(finite, grown, jnp.maximum(loss_scale.scale / 2, SMALLEST)),
+        good_steps=jnp.where(grow, 0, good_steps),
+        skipped=loss_scale.skipped + jnp.where(finite, 0, 1),
+        skipped_in_a_row=jnp.where(finite, 0, loss_scale.skipped_in_a_row + 1),
+    )
+
+
+def stuck(loss_scale: LossScale) -> bool:
+    """On the host: have the last STUCK_AFTER steps all been skipped? Then no scale helps and training should stop."""
+    return int(loss_scale.skipped_in_a_row) >= STUCK_AFTER
