@@ -1,1 +1,44 @@
-"""slm: small language models in JAX."""
+"""slm: small language models in JAX. Train, compare attention mechanisms, compress, ship.
+
+    import slm
+    cfg = slm.override(slm.load_config("configs/quickstart.py"), {"optim.learning_rate": 3e-3})
+    run = slm.train(cfg)
+    slm.evaluate(run.model, "text or a source")["bits_per_byte"]
+    slm.generate(run.model, "def main(")
+
+Names are imported when first used, so `import slm` costs nothing.
+"""
+
+import importlib
+
+_HOME = {
+    "Experiment": "slm.config",
+    "ModelConfig": "slm.config",
+    "DataConfig": "slm.config",
+    "OptimConfig": "slm.config",
+    "TrainConfig": "slm.config",
+    "CheckpointConfig": "slm.config",
+    "MeshConfig": "slm.config",
+    "LogConfig": "slm.config",
+    "load_config": "slm.config",
+    "override": "slm.config",
+    "SlmError": "slm.errors",
+    "LanguageModel": "slm.models.language_model",
+    "logits": "slm.models.language_model",
+    "train": "slm.training.loop",
+    "Run": "slm.training.run",
+    "load": "slm.training.run",
+    "evaluate": "slm.evaluation.bits_per_byte",
+    "generate": "slm.evaluation.generate",
+}
+__all__ = list(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'slm' has no attribute {name!r}; it has {', '.join(_HOME)}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,12 +1,9 @@
 """Exact softmax attention (Vaswani et al. 2017) with grouped heads, window, sinks, soft cap and document boundaries."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-BLOCK = 128
-"""Queries that the blocked implementation handles at once."""
+from slm.attention.blocked import BLOCK, Shape, blocked_attention, visible
 
 
 def softmax_attention(
@@ -50,17 +47,16 @@ def softmax_attention(
     extras = sinks > 0 or sink_logits is not None or softcap is not None or segment_ids is not None
     if implementation == "auto":
         implementation = choose_implementation(q.shape, q.dtype, causal=causal, window=window, extras=extras)
-    mask = functools.partial(_visible, causal=causal, window=window, sinks=sinks)
     if implementation == "cudnn":
         return _cudnn(q, k, v, causal, window, extras, scale)
     if implementation == "xla":
         at = jnp.arange(q.shape[1])
-        keep = mask(at[:, None], at[None, :])[None]
+        keep = visible(at[:, None], at[None, :], causal, window, sinks)[None]
         if segment_ids is not None:
             keep &= segment_ids[:, :, None] == segment_ids[:, None, :]
         return _attend(q, k, v, keep, scale, softcap, sink_logits)
     if implementation == "blocked":
-        return _blocked(q, k, v, mask, causal, window, sinks, segment_ids, scale, softcap, sink_logits)
+        return blocked_attention(q, k, v, segment_ids, sink_logits, Shape(causal, window, sinks, softcap, scale))
     raise ValueError(f"implementation = {implementation!r}: must be auto, xla, blocked or cudnn")
 
 
@@ -89,7 +85,7 @@ def cached_attention(q, k, v, query_positions, key_positions, *, window=None, so
       (B, T, H, V); a query that sees no key (padding) gets an average of everything, never NaN.
     """
     i, j = query_positions[:, :, None], key_positions[:, None, :]
-    keep = _visible(i, j, causal=True, window=window, sinks=0) & (j >= 0)
+    keep = visible(i, j, True, window, 0) & (j >= 0)
     return _attend(q, k, v, keep, q.shape[-1] ** -0.5 if scale is None else scale, softcap, None)
 
 
@@ -104,14 +100,6 @@ def _check(q, k, v, window, segment_ids):
         raise ValueError(f"window = {window}: must be at least 1, since it counts the query itself")
     if segment_ids is not None and segment_ids.shape != (B, T):
         raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {(B, T)}")
-
-
-def _visible(i, j, *, causal, window, sinks):
-    keep = j <= i if causal else jnp.ones(jnp.broadcast_shapes(i.shape, j.shape), bool)
-    if window is not None:
-        near = i - j < window if causal else jnp.abs(i - j) < window
-        keep &= near | (j < sinks)
-    return keep
 
 
 def _attend(q, k, v, keep_BxTxS, scale, softcap, sink_logits):
@@ -134,34 +122,6 @@ def _attend(q, k, v, keep_BxTxS, scale, softcap, sink_logits):
     weights = (weights / total).astype(v.dtype)
     out = jnp.einsum("BGRTS,BSGV->BTGRV", weights, v, preferred_element_type=jnp.float32)
     return out.reshape(B, T, H, v.shape[-1]).astype(q.dtype)
-
-
-def _blocked(q, k, v, mask, causal, window, sinks, segment_ids, scale, softcap, sink_logits):
-    T = q.shape[1]
-
-    @jax.checkpoint
-    def block(q, k, v, i, j, segments_q, segments_k, sink_logits):
-        keep = mask(i[:, None], j[None, :])[None]
-        if segments_q is not None:
-            keep &= segments_q[:, :, None] == segments_k[:, None, :]
-        return _attend(q, k, v, keep, scale, softcap, sink_logits)
-
-    outs = []
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
-        last = stop if causal else (T if window is None else min(T, stop + window - 1))
-        first = 0 if window is None else max(0, start - window + 1)
-        spans = [(0, min(sinks, first)), (first, last)] if sinks and first else [(first, last)]
-
-        def take(x, spans=spans):
-            parts = [x[:, a:b] for a, b in spans]
-            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, 1)
-
-        rows = slice(start, stop)
-        j = take(jnp.arange(T)[None])[0]
-        segments = (None, None) if segment_ids is None else (segment_ids[:, rows], take(segment_ids))
-        outs.append(block(q[:, rows], take(k), take(v), jnp.arange(start, stop), j, *segments, sink_logits))
-    return jnp.concatenate(outs, 1)
 
 
 def _cudnn(q, k, v, causal, window, extras, scale):
