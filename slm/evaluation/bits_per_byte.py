@@ -1,0 +1,205 @@
+"""Bits per byte with its standard error: the score that survives a change of tokenizer."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from slm.errors import ConfigError, DataError
+from slm.models.language_model import LanguageModel
+from slm.training.step import make_eval_step
+
+MODEL_INPUTS = ("tokens", "targets", "weights", "segment_ids", "positions")
+ENOUGH_DOCUMENTS = 20
+"""Documents from which on they, and no longer windows, are the clusters of the standard error."""
+
+
+def evaluate_batches(
+    eval_step: Callable[[Any, dict], dict],
+    params: Any,
+    batches: Iterable[dict],
+    place: Callable[[dict], dict] | None = None,
+    by_position: bool = False,
+) -> dict[str, Any]:
+    """Scores of a model over batches.
+
+    Args:
+      eval_step: (params, batch) -> {"nats", "correct"}, each (B, T) float32, unweighted.
+      params: its first argument.
+      batches: dicts of arrays (B, T), B all rows or those of this process: tokens, targets, weights, segment_ids,
+        positions; and of each target its `bytes` (UTF-8) and its `document` (number).
+      place: host batch -> global device arrays; needed with several processes. None: as they are.
+      by_position: also return `loss_by_position` and `tokens_by_position`.
+
+    Returns:
+      `bits_per_byte`  total nats / total bytes / ln 2, left out if the targets stand for no bytes
+      `loss`           nats a token
+      `accuracy`       share of targets that have the largest logit
+      each with its `_stderr`; `perplexity`, exp(loss); sums `tokens` (scored), `bytes`, `documents` (scored);
+      `stderr_clusters`, their number, and `stderr_clustered_by`: `document` if there are at least 20, else `window`
+      (a row), else, in a single window, `token`, which understates the error because neighbours are not independent;
+      `loss_by_position`, a list: the mean loss of targets with 1, 2, ... tokens of context in their window, None where
+      there are none; `tokens_by_position`, how many there are.
+
+    The score is a ratio of sums, so its standard error is that of a ratio estimator (linearised: Cochran 1977, Sampling
+    Techniques, section 6.4), over clusters of dependent tokens (Miller 2024, arXiv:2411.00640, section 2.2).
+
+    Raises DataError if nothing is scored.
+    """
+    documents, windows, positions, tokens = _Sums(), _Sums(), _Sums(), None
+    rows = 0
+    for batch in batches:
+        placed = batch if place is None else place(batch)
+        outputs = eval_step(params, {name: placed[name] for name in MODEL_INPUTS})
+        nats, correct = np.asarray(outputs["nats"]), np.asarray(outputs["correct"])
+        weights, bytes_, document, position = (
+            _whole(placed[name]) for name in ("weights", "bytes", "document", "positions")
+        )
+        scored = weights > 0
+        values = np.stack([x[scored] * weights[scored] for x in (nats, correct, np.ones_like(nats), bytes_)], 1)
+        documents.add(document[scored], values)
+        windows.add(rows + np.nonzero(scored)[0], values)
+        positions.add(position[scored], values)
+        rows += len(nats)
+        tokens = values if len(values) else tokens
+    if tokens is None:
+        raise DataError("nothing to evaluate: no target has a weight above 0")
+    clusters = {"document": documents.table(), "window": windows.table(), "token": tokens}
+    by = "document" if len(clusters["document"]) >= ENOUGH_DOCUMENTS else "window"
+    by = "token" if len(clusters[by]) < 2 else by
+    result = _scores(clusters[by]) | {
+        "documents": len(clusters["document"]),
+        "stderr_clusters": len(clusters[by]),
+        "stderr_clustered_by": by,
+    }
+    return result | (_by_position(positions) if by_position else {})
+
+
+def evaluate(
+    model: LanguageModel,
+    text_or_source: str | Sequence[str],
+    batch_size: int = 16,
+    sequence_length: int | None = None,
+    by_position: bool = False,
+) -> dict[str, Any]:
+    """Scores of a model, in float32, on a text, on several, or on a source: see `evaluate_batches` for what they are.
+
+    A string is a source if it names one that exists or looks as if it should (slm.data.sources.names_a_source:
+    `cpython`, `tfds:...`, `synthetic:...`, an existing file or folder, one word with a slash or a known suffix);
+    anything else is text, one document. A list is texts, one document each.
+
+    A text is read as end-of-text and then its tokens. Each of its tokens is scored once and end-of-text never, so bytes
+    are the UTF-8 bytes of the text (exactly so for byte-level tokenizers). Without an end-of-text token the first
+    token is not scored. Texts longer than `sequence_length` are cut into windows that do not overlap and see nothing
+    of each other, so the score is a little worse than with endless context.
+
+    Args:
+      model: a language model.
+      text_or_source: see above.
+      batch_size: windows at a time; does not change the scores.
+      sequence_length: tokens in a window; None: as in training.
+      by_position: also return `loss_by_position` and `tokens_by_position`.
+
+    Raises:
+      DataError: the source does not exist, is empty or cannot be read, or there is nothing to score.
+      ConfigError: a synthetic task for a model that was not trained on such, or a size is out of range.
+    """
+    from slm.data.evaluation import open_evaluation
+
+    check_sizes(model, batch_size, sequence_length)
+    length = sequence_length or model.config.data.sequence_length
+    evaluation = open_evaluation(text_or_source, model.config.data, model.tokenizer, length, model.config.seed)
+    return evaluate_batches(eval_step_of(model), model.params, evaluation.batches(batch_size), by_position=by_position)
+
+
+def check_sizes(model: LanguageModel, batch_size: int, sequence_length: int | None) -> None:
+    """Raises ConfigError if a size is below 1 or the windows are longer than the model's learned positions."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size = {batch_size}: must be at least 1")
+    if sequence_length is not None and sequence_length < 1:
+        raise ConfigError(f"sequence_length = {sequence_length}: must be at least 1")
+    cfg = model.config.model
+    if sequence_length is not None and cfg.position == "learned" and sequence_length > cfg.max_length:
+        raise ConfigError(
+            f"sequence_length = {sequence_length}: this model has {cfg.max_length} learned positions, and no more fit"
+        )
+
+
+def eval_step_of(model: LanguageModel) -> Callable[[Any, dict], dict]:
+    """The jitted (params, batch) -> {"nats", "correct"} of a model, in float32; the same one for the same settings."""
+    return _jitted(model.transformer, model.config.train)
+
+
+@functools.cache
+def _jitted(transformer, train):
+    return jax.jit(make_eval_step(transformer, train))
+
+
+class _Sums:
+    """Running sums of rows (nats, correct, weight, bytes) by an integer key."""
+
+    def __init__(self):
+        self._keys, self._values = [], []
+
+    def add(self, keys: np.ndarray, values: np.ndarray) -> None:
+        """keys (n,), values (n, 4), which are summed at once where keys are equal."""
+        keys, values = _grouped(keys, values)
+        self._keys.append(keys)
+        self._values.append(values)
+
+    def keyed(self) -> tuple[np.ndarray, np.ndarray]:
+        """(distinct keys, ascending; their sums (keys, 4) float64)."""
+        return _grouped(np.concatenate(self._keys), np.concatenate(self._values))
+
+    def table(self) -> np.ndarray:
+        return self.keyed()[1]
+
+
+def _grouped(keys, values):
+    keys, inverse = np.unique(keys, return_inverse=True)
+    return keys, np.stack([np.bincount(inverse, column, len(keys)) for column in values.T], 1)
+
+
+def _scores(table: np.ndarray) -> dict[str, Any]:
+    """Scores and standard errors from sums (clusters, 4)."""
+    nats, correct, weight, bytes_ = table.T
+    loss, loss_stderr = ratio(nats, weight)
+    scores = {}
+    if bytes_.sum() > 0:
+        scores["bits_per_byte"], scores["bits_per_byte_stderr"] = ratio(nats / math.log(2), bytes_)
+    scores |= {"loss": loss, "loss_stderr": loss_stderr, "perplexity": float(np.exp(loss))}
+    scores["accuracy"], scores["accuracy_stderr"] = ratio(correct, weight)
+    return scores | {"tokens": round(weight.sum()), "bytes": round(bytes_.sum())}
+
+
+def ratio(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:
+    """(sum x / sum y, its standard error), from independent pairs (x_c, y_c), c = 1 ... n.
+
+    x/y - R is linearised to the mean of residuals e_c = x_c - R y_c; the error is sqrt(n / (n-1) sum e_c^2) / sum y.
+    None from a single pair.
+    """
+    value, n = x.sum() / y.sum(), len(x)
+    if n < 2:
+        return float(value), None
+    return float(value), float(math.sqrt(n / (n - 1) * ((x - value * y) ** 2).sum()) / y.sum())
+
+
+def _by_position(positions: _Sums) -> dict[str, list]:
+    keys, table = positions.keyed()
+    losses: list[float | None] = [None] * (int(keys.max()) + 1)
+    tokens = [0] * len(losses)
+    for key, (nats, _, weight, _) in zip(keys, table):
+        losses[key], tokens[key] = float(nats / weight), round(weight)
+    return {"loss_by_position": losses, "tokens_by_position": tokens}
+
+
+def _whole(array) -> np.ndarray:
+    """All rows of an array that may live on several processes, in the order of the model's outputs."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)

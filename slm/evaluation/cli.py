@@ -1,0 +1,201 @@
+"""The command line of eval.py: scores on held-out text or any source, and samples."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from slm.errors import SlmError
+from slm.evaluation.bits_per_byte import check_sizes, eval_step_of, evaluate_batches
+from slm.evaluation.generate import generate
+from slm.models.language_model import LanguageModel
+
+DESCRIPTION = """Score a trained model, or let it write. Without --prompt: bits per byte with its standard error,
+perplexity and accuracy on the text that the run held out from training, or on --source. With --prompt: samples, and
+scores only if --source is given too."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What eval.py was asked to do."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
+    """Folder of a run, such as runs/quickstart; its latest checkpoint is used."""
+    source: str | None = None
+    """Score on this instead of the run's held-out data: whatever data.source can name, such as cpython, a text file or
+    folder, FILE.jsonl, FILE.parquet, a TFDS data set (tfds:NAME/SPLIT), or synthetic:TASK for a run trained on such."""
+    by_position: bool = False
+    """Also print the loss by the number of tokens of context."""
+    sequence_length: int | None = None
+    """Tokens in a window; None: as in training. Windows do not overlap."""
+    batch_size: int = 16
+    """Windows scored at a time; changes memory and speed, not scores."""
+    json: Path | None = None
+    """Also write the scores and samples to this file."""
+    prompt: tuple[str, ...] = ()
+    """Print the model's continuation of each of these; "" lets it begin a document."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    max_new_tokens: int = 128
+    """Most tokens to add; the end of the document may come before."""
+    temperature: float = 1.0
+    """Below 1 more predictable, above 1 more daring; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Draw only among the k likeliest tokens."""
+    top_p: float | None = None
+    """Draw only among the likeliest tokens that together reach this probability, such as 0.95."""
+    min_p: float | None = None
+    """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
+    seed: int = 0
+    """Of the first sample; the next ones count up from it."""
+
+
+def evaluate_command(arguments: Sequence[str]) -> int:
+    """Runs `eval.py ARGUMENTS` and returns its exit code.
+
+    0: done. 2: an error that the user can fix, printed in one line on stderr. 130: Ctrl-C.
+    Raises SystemExit, after printing, for --help (0) and unknown or ill-typed arguments (2).
+    """
+    try:
+        run(tyro.cli(Arguments, prog="eval.py", description=DESCRIPTION, args=list(arguments)))
+    except SlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(arguments: Arguments) -> None:
+    """Loads, scores, samples, prints, writes. Raises SlmError."""
+    from slm.data.cache import cache_folder
+    from slm.training.compilation import enable_compilation_cache
+    from slm.training.run import load
+
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
+    model = load(arguments.run)
+    enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
+    console = Console(highlight=False)
+    console.print(Text(repr(model), style="dim"), soft_wrap=True)
+    report: dict[str, Any] = {"run": arguments.run}
+    if arguments.source is not None or not arguments.prompt:
+        source, scores = score(model, arguments)
+        console.print(score_table(source, scores))
+        if arguments.by_position:
+            console.print(position_table(scores))
+        report |= {"source": source} | scores
+    if arguments.prompt:
+        report["samples"] = sample(model, arguments)
+        for one in report["samples"]:
+            console.rule(f"seed {one['seed']}", style="dim")
+            console.print(Text(one["prompt"], style="bold") + Text(one["text"], style="not bold"), soft_wrap=True)
+    if arguments.json is not None:
+        try:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise SlmError(f"cannot write {arguments.json}: {error.strerror}") from error
+
+
+def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, Any]]:
+    """(name of what was scored, its scores); see slm.evaluation.bits_per_byte.evaluate_batches."""
+    from slm.data.evaluation import open_evaluation, whole_corpus
+    from slm.data.pipeline import open_data
+    from slm.data.sources import open_source
+    from slm.errors import DataError
+
+    check_sizes(model, arguments.batch_size, arguments.sequence_length)
+    data, seed, spec = model.config.data, model.config.seed, arguments.source
+    data = dataclasses.replace(data, sequence_length=arguments.sequence_length or data.sequence_length)
+    if spec is None:
+        evaluation = open_data(data, seed, model.tokenizer).validation
+        if evaluation is None:
+            raise DataError(f"{arguments.run} held nothing out from training: name a --source to score on")
+        name = f"held out from {evaluation.name}" if not data.validation else evaluation.name
+    else:
+        # Unlike slm.evaluate, which also takes text, a misspelt source must not be scored as one.
+        what = spec if spec.startswith("synthetic:") else whole_corpus(open_source(spec, data), data, model.tokenizer)
+        evaluation = open_evaluation(what, data, model.tokenizer, data.sequence_length, seed)
+        name = evaluation.name
+    batches = track(
+        evaluation.batches(arguments.batch_size),
+        total=math.ceil(evaluation.sequences / arguments.batch_size),
+        description=f"scoring {name}",
+        console=Console(stderr=True),
+        transient=True,
+    )
+    return name, evaluate_batches(eval_step_of(model), model.params, batches, by_position=arguments.by_position)
+
+
+def sample(model: LanguageModel, arguments: Arguments) -> list[dict[str, Any]]:
+    """All samples of all prompts, drawn as one batch: dicts of prompt, seed, text."""
+    if arguments.samples < 1:
+        raise SlmError(f"--samples {arguments.samples}: must be at least 1")
+    prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.samples)]
+    texts = generate(
+        model,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        seed=arguments.seed,
+    )
+    return [
+        {"prompt": prompt, "seed": arguments.seed + row, "text": text}
+        for row, (prompt, text) in enumerate(zip(prompts, texts))
+    ]
+
+
+def score_table(source: str, scores: dict[str, Any]) -> Table:
+    """Scores for people; the headline first, which is accuracy for a synthetic task."""
+    lines = {
+        "bits per byte": _with_error(scores, "bits_per_byte"),
+        "loss (nats/token)": _with_error(scores, "loss"),
+        "perplexity": f"{scores['perplexity']:.4g}",
+        "accuracy": _with_error(scores, "accuracy"),
+        "scored": f"{scores['tokens']:,} tokens, {scores['bytes']:,} bytes, {scores['documents']:,} documents",
+        "standard error over": f"{scores['stderr_clusters']:,} {scores['stderr_clustered_by']}s",
+    }
+    if "synthetic:" in source or "bits_per_byte" not in scores:
+        del lines["bits per byte"]  # of answers alone, in a made-up vocabulary
+        lines = {"accuracy": lines.pop("accuracy")} | lines
+    table = Table(title=source, title_justify="left", show_header=False)
+    for row, (name, value) in enumerate(lines.items()):
+        table.add_row(name, value, style="bold" if row == 0 else None)
+    return table
+
+
+def position_table(scores: dict[str, Any]) -> Table:
+    """Mean loss by tokens of context, in ranges that double."""
+    table = Table("tokens of context", "loss (nats/token)", "tokens", title="loss by position", title_justify="left")
+    losses, counts = scores["loss_by_position"], scores["tokens_by_position"]
+    first = 1
+    while first <= len(losses):
+        last = min(2 * first - 1, len(losses))
+        span = slice(first - 1, last)
+        tokens = sum(counts[span])
+        if tokens:
+            nats = sum(loss * count for loss, count in zip(losses[span], counts[span]) if count)
+            table.add_row(f"{first}" if first == last else f"{first}–{last}", f"{nats / tokens:.4f}", f"{tokens:,}")
+        first = last + 1
+    return table
+
+
+def _with_error(scores: dict[str, Any], name: str) -> str:
+    if name not in scores:
+        return ""
+    error = scores[f"{name}_stderr"]
+    return f"{scores[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -1,0 +1,305 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slm.config import Experiment, ModelConfig
+from slm.data.tokenizers import build_tokenizer
+from slm.errors import ConfigError
+from slm.evaluation import generate as generation
+from slm.evaluation.generate import generate, generate_tokens
+from slm.evaluation.sampling import keep_min_p, keep_top_k, keep_top_p, make_sampling, sample
+from slm.models.language_model import LanguageModel
+from slm.models.transformer import Transformer
+
+TINY = ModelConfig(
+    vocab_size=320, layers=2, width=16, heads=4, kv_heads=2, attention=("window", "softmax"), window=5, init_std=0.5
+)
+GREEDY = make_sampling(temperature=0)
+
+
+def initialised(cfg):
+    """A transformer and random parameters, drawn in numpy because that compiles nothing."""
+    transformer, rng = Transformer(cfg), np.random.default_rng(0)
+    shapes = jax.eval_shape(transformer.init, jax.random.key(0))
+    return transformer, jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.5, a.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return initialised(TINY)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """A random model of bytes, whose embedding has more rows than the tokenizer has ids."""
+    return LanguageModel(tiny[1], Experiment(model=TINY), build_tokenizer("bytes", lambda: iter(())))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 320, n).astype(np.int32) for n in (9, 1, 4)]
+
+
+def greedy_by_forward(transformer, params, prompts, count):
+    """Greedy continuations, each token from a forward pass over everything before it."""
+
+    @jax.jit
+    def forward(tokens):
+        return transformer.logits(params, transformer.hidden(params, tokens)[0]).argmax(-1)
+
+    rows = np.arange(len(prompts))
+    at = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), at.max() + count), np.int32)
+    for row, prompt in zip(tokens, prompts):
+        row[: len(prompt)] = prompt
+    for i in range(count):
+        tokens[rows, at + i] = forward(tokens)[rows, at + i - 1]
+    return [row[n : n + count].tolist() for row, n in zip(tokens, at)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layers": 1, "attention": ("softmax",), "kv_heads": None, "scan": False, "tied": False},
+        {"layers": 3, "attention": ("window",) * 2, "position": "learned", "max_length": 32, "norm": "layernorm"},
+    ],
+    ids=["mixed", "softmax", "window"],
+)
+def test_cached_greedy_decoding_equals_full_forward_passes(changes, prompts):
+    transformer, params = initialised(dataclasses.replace(TINY, **changes))
+    rows = generate_tokens(transformer, params, prompts, max_new_tokens=12, sampling=GREEDY)
+    rows = [row.tolist() for row in rows]
+    assert rows == greedy_by_forward(transformer, params, prompts, 12)
+    assert len(set(map(tuple, rows))) == 3  # else the test could not see rows mixed up
+    assert max(len(set(row)) for row in rows) > 2
+
+
+def test_prefill_and_decode_logits_equal_the_forward_pass(tiny):
+    transformer, params = tiny
+
+    @jax.jit
+    def forward(tokens, **arguments):
+        hidden, cache = transformer.hidden(params, tokens, **arguments)
+        return transformer.logits(params, hidden), cache
+
+    tokens = jax.random.randint(jax.random.key(1), (2, 16), 0, 320)
+    want, _ = forward(tokens)
+    # The second row's prompt is shorter and padded on the right; decoding then goes on at each row's own position.
+    lengths, rows = np.array([9, 7]), np.arange(2)
+    positions = np.where(np.arange(9) < lengths[:, None], np.arange(9), -1)
+    got, cache = forward(tokens[:, :9], positions=positions, cache=transformer.init_cache(2, 32))
+    np.testing.assert_allclose(got[rows, lengths - 1], want[rows, lengths - 1], atol=1e-4)
+    for at in lengths + np.arange(7)[:, None]:
+        got, cache = forward(tokens[rows, at][:, None], positions=at[:, None], cache=cache)
+        np.testing.assert_allclose(got[:, 0], want[rows, at], atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_a_decode_step_equal_those_of_a_sequence(tied):
+    transformer, params = initialised(dataclasses.replace(TINY, tied=tied, logit_softcap=2.0))
+    hidden = jax.random.normal(jax.random.key(1), (3, 16))
+    np.testing.assert_allclose(
+        transformer.logits(params, hidden), transformer.logits(params, hidden[:, None])[:, 0], atol=1e-5
+    )
+
+
+def test_a_row_does_not_depend_on_the_batch_around_it(tiny, prompts):
+    transformer, params = tiny
+    settings = {"max_new_tokens": 8, "sampling": make_sampling(temperature=0.8, top_k=10)}
+    rows = generate_tokens(transformer, params, prompts, seed=3, **settings)
+    for r, prompt in enumerate(prompts):
+        (alone,) = generate_tokens(transformer, params, [prompt], seed=3 + r, **settings)
+        assert rows[r].tolist() == alone.tolist()
+    same = generate_tokens(transformer, params, [prompts[0]] * 3, seed=3, **settings)
+    assert same[0].tolist() != same[1].tolist()  # rows have streams of their own
+
+
+def test_rows_stop_at_end_of_text_and_the_loop_stops_with_the_last(tiny, prompts):
+    transformer, params = tiny
+    full = generate_tokens(transformer, params, prompts, max_new_tokens=12, sampling=GREEDY)
+    end = int(full[0][4])
+    rows = generate_tokens(transformer, params, prompts, max_new_tokens=12, sampling=GREEDY, end_of_text=end)
+    for row, whole in zip(rows, full):
+        whole = whole.tolist()
+        assert row.tolist() == (whole[: whole.index(end)] if end in whole else whole)
+    assert len(rows[0]) <= 4
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(tiny, prompts):
+    transformer, params = tiny
+    settings = {"max_new_tokens": 40, "sampling": make_sampling(temperature=5.0)}
+    free = generate_tokens(transformer, params, prompts, **settings)
+    assert max(row.max() for row in free) > 300
+    assert all(len(set(row.tolist())) > 10 for row in free)  # each step draws anew
+    assert max(row.max() for row in generate_tokens(transformer, params, prompts, vocab_size=257, **settings)) < 257
+
+
+def test_settings_and_near_lengths_share_a_compilation(tiny, prompts):
+    transformer, params = tiny
+    sizes = []
+    for prompt, count, settings in [
+        (prompts[0], 3, {}),
+        (prompts[1], 9, {"temperature": 0}),
+        (prompts[2], 64, {"temperature": 2, "top_k": 4, "top_p": 0.5, "min_p": 0.1}),
+    ]:
+        generate_tokens(transformer, params, [prompt], max_new_tokens=count, sampling=make_sampling(**settings))
+        sizes.append(generation._decode._cache_size())
+    assert sizes[0] == sizes[-1] > 0
+
+
+def test_bfloat16_cache(tiny, prompts):
+    transformer, params = tiny
+    cache = transformer.init_cache(1, 8, jnp.bfloat16)
+    assert cache["blocks"]["0"]["key"].dtype == jnp.bfloat16
+    settings = {"max_new_tokens": 4, "sampling": GREEDY}
+    want = generate_tokens(transformer, params, prompts, **settings)
+    got = generate_tokens(transformer, params, prompts, cache_dtype=jnp.bfloat16, **settings)
+    assert sum(int(a[0] == b[0]) for a, b in zip(got, want)) >= 2
+    assert [len(row) for row in got] == [4, 4, 4]
+
+
+def test_generate_text(model):
+    text = generate(model, "ab", max_new_tokens=8, temperature=0)
+    ids = generate_tokens(
+        model.transformer,
+        model.params,
+        [np.array([256, 97, 98], np.int32)],
+        max_new_tokens=8,
+        sampling=GREEDY,
+        end_of_text=256,
+        vocab_size=257,
+    )
+    assert text == model.tokenizer.decode(ids[0])
+    texts = generate(model, ["ab", "", "ß"], max_new_tokens=8, temperature=0)
+    assert isinstance(texts, list)
+    assert texts[0] == text
+    assert texts[1] == generate(model, "", max_new_tokens=8, temperature=0)
+    assert generate(model, []) == []
+
+
+def test_seed_decides(model):
+    draws = [generate(model, "a", max_new_tokens=16, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature = -1"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"top_p": 0.0}, "top_p = 0"),
+        ({"top_p": 1.5}, "top_p = 1.5"),
+        ({"min_p": 2}, "min_p = 2"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+    ],
+)
+def test_bad_settings_are_named(model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        generate(model, "a", **settings)
+
+
+def test_learned_positions_are_not_exceeded(model):
+    cfg = dataclasses.replace(model.config.model, position="learned", max_length=10)
+    learned = LanguageModel(initialised(cfg)[1], Experiment(model=cfg), model.tokenizer)
+    generation._check_length(learned.transformer, 4, 6)
+    with pytest.raises(ConfigError, match=r"exceed the 10 learned positions.*at most 6"):
+        generate(learned, "abc", max_new_tokens=7)
+    with pytest.raises(ConfigError, match="shorten the prompt"):
+        generate(learned, "a" * 20, max_new_tokens=1)
+
+
+def test_an_empty_prompt_needs_an_end_of_text(model):
+    class WithoutEnd:
+        end_of_text = None
+        vocab_size = 257
+        encode = staticmethod(model.tokenizer.encode)
+
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        generate(dataclasses.replace(model, tokenizer=WithoutEnd()), "")
+
+
+# Filters, against the definitions written out in numpy.
+
+
+def naive_top_k(row, k):
+    return row >= sorted(row)[-k]
+
+
+def naive_top_p(row, p):
+    probability = np.exp(row.astype(np.float64)) / np.exp(row.astype(np.float64)).sum()
+    for level in sorted(set(row), reverse=True):
+        kept = row >= level
+        if probability[kept].sum() > p:
+            return kept
+    return np.ones_like(row, bool)
+
+
+def naive_min_p(row, p):
+    probability = np.exp(row) / np.exp(row).sum()
+    return probability >= p * probability.max() * (1 - 1e-6)
+
+
+def logits_with_ties():
+    rng = np.random.default_rng(0)
+    smooth = rng.normal(size=(3, 50)).astype(np.float32) * 3
+    coarse = np.round(smooth)  # many ties
+    return np.concatenate([smooth, coarse, -np.abs(smooth), np.zeros((1, 50), np.float32)])
+
+
+@pytest.mark.parametrize(
+    ("keep", "naive", "strengths"),
+    [
+        (keep_top_k, naive_top_k, [1, 2, 7, 49, 50]),
+        (keep_top_p, naive_top_p, [0.01, 0.3, 0.9, 0.999]),
+        (keep_min_p, naive_min_p, [0.01, 0.3, 1.0]),
+    ],
+)
+def test_filters_equal_their_definitions(keep, naive, strengths):
+    logits = logits_with_ties()
+    jitted = jax.jit(keep)
+    for strength in strengths:
+        got = np.asarray(jitted(logits, strength))
+        want = np.stack([naive(row, strength) for row in logits])
+        np.testing.assert_array_equal(got > -np.inf, want, err_msg=str(strength))
+        np.testing.assert_array_equal(got[want], logits[want])
+
+
+@pytest.mark.parametrize(("keep", "off"), [(keep_top_k, 0), (keep_top_k, 999), (keep_top_p, 1.0), (keep_min_p, 0.0)])
+def test_filters_that_are_off_keep_all(keep, off):
+    logits = logits_with_ties() * 20  # so that most probabilities vanish in float32
+    np.testing.assert_array_equal(keep(logits, jnp.asarray(off)), logits)
+
+
+def test_sample_draws_from_the_filtered_distribution():
+    logits = jnp.log(jnp.array([0.4, 0.05, 0.3, 0.05, 0.2]))
+    n = 4000
+    keys = jax.random.split(jax.random.key(0), n)
+    draw = jax.jit(sample)
+
+    def frequencies(**settings):
+        drawn = draw(keys, jnp.tile(logits, (n, 1)), make_sampling(**settings))
+        return np.bincount(drawn, minlength=5) / n
+
+    def expected(weights):
+        return np.array(weights) / np.sum(weights)
+
+    three_sigma = 3 * 0.5 / n**0.5
+    for settings, weights in [
+        ({}, [0.4, 0.05, 0.3, 0.05, 0.2]),
+        ({"temperature": 0.5}, [0.16, 0.0025, 0.09, 0.0025, 0.04]),
+        ({"top_k": 2}, [0.4, 0, 0.3, 0, 0]),
+        ({"top_p": 0.75}, [0.4, 0, 0.3, 0, 0.2]),
+        ({"min_p": 0.4}, [0.4, 0, 0.3, 0, 0.2]),
+        # Top-p counts what top-k left: 0.4/0.7 reaches 0.5 alone.
+        ({"top_k": 2, "top_p": 0.5}, [1, 0, 0, 0, 0]),
+        ({"temperature": 0}, [1, 0, 0, 0, 0]),
+        ({"temperature": 1e-30}, [1, 0, 0, 0, 0]),
+    ]:
+        got, want = frequencies(**settings), expected(weights)
+        np.testing.assert_allclose(got, want, atol=three_sigma, err_msg=str(settings))
+        np.testing.assert_array_equal(got[want == 0], 0, err_msg=str(settings))
