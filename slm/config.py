@@ -71,8 +71,8 @@ class ModelConfig:
     """Standard deviation of initial weights; projections into the residual stream get it divided by sqrt(2 layers)."""
     scan: bool = True
     """Compile one block and scan over the depth; False unrolls (slower to compile, sometimes faster to run)."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """Recompute in the backward pass: nothing, all but matrix products, or everything inside a block."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """Recompute in the backward pass: nothing, all but matrix products and attention, or everything in a block."""
 
 
 @dataclass(frozen=True)

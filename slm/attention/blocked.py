@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 128
 """Queries handled at once."""
@@ -64,7 +65,9 @@ def _forward(q, k, v, segment_ids, sink, shape):
         out = _einsum("BGRTS,BGSV->BGRTV", weights.astype(v.dtype), _take(v, spans, 2))
         outs.append((out / total[..., None]).astype(q.dtype))
         normalisers.append(top + jnp.log(total))
-    out, log_z = jnp.concatenate(outs, 3), jnp.concatenate(normalisers, 3)
+    # Named, so that a remat policy can keep them: from these the backward pass needs no second forward pass.
+    out = checkpoint_name(jnp.concatenate(outs, 3), "attention")
+    log_z = checkpoint_name(jnp.concatenate(normalisers, 3), "attention")
     return out, (q, k, v, segment_ids, sink, out, log_z)
 
 
@@ -72,7 +75,7 @@ def _backward(shape, residuals, d_out):
     q, k, v, segment_ids, sink, out, log_z = residuals
     # sum_j p_j dp_j of the softmax's Jacobian, from the output alone (Dao et al. 2022, eq. 4).
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    d_q, (d_k, d_v) = [], (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k, v))
     for rows, spans in _blocks(q.shape[3], shape):
         logits = _logits(q, k, segment_ids, rows, spans, shape)
         weights = jnp.exp(logits - log_z[..., rows, None])
@@ -85,10 +88,12 @@ def _backward(shape, residuals, d_out):
             (weights.astype(v.dtype), (d_logits * shape.scale).astype(q.dtype))
         )
         d_q.append(_einsum("BGRTS,BGSK->BGRTK", d_logits, _take(k, spans, 2)).astype(q.dtype))
-        d_k = _add(d_k, _einsum("BGRTS,BGRTK->BGSK", d_logits, q[..., rows, :]), spans)
-        d_v = _add(d_v, _einsum("BGRTS,BGRTV->BGSV", weights, d_out[..., rows, :]), spans)
+        # Transposed products: the operand that XLA:CPU copies to transpose is then the small one, not (T, S).
+        d_k = _add(d_k, _einsum("BGRTK,BGRTS->BGKS", q[..., rows, :], d_logits), spans)
+        d_v = _add(d_v, _einsum("BGRTV,BGRTS->BGVS", d_out[..., rows, :], weights), spans)
     d_sink = None if sink is None else -(jnp.exp(sink[:, :, None] - log_z) * inner).sum((0, 3))
-    return jnp.concatenate(d_q, 3), d_k.astype(k.dtype), d_v.astype(v.dtype), None, d_sink
+    d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
+    return jnp.concatenate(d_q, 3), d_k, d_v, None, d_sink
 
 
 _attention.defvjp(_forward, _backward)
@@ -128,10 +133,10 @@ def _take(x, spans, axis):
 
 
 def _add(total, part, spans):
-    """Add `part`, whose keys are those of `spans` one after the other, into `total` along the key axis."""
+    """Add `part`, whose keys are those of `spans` one after the other, into `total` along the key axis, the last."""
     at = 0
     for start, stop in spans:
-        piece = jax.lax.slice_in_dim(part, at, at + stop - start, axis=2)
-        total = total.at[:, :, start:stop].add(piece)
+        piece = part[..., at : at + stop - start]
+        total = total.at[..., start:stop].add(piece)
         at += stop - start
     return total

@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al. 2021), half-split layout: dimension i turns with dimension i + K/2."""
 
+import jax
 import jax.numpy as jnp
 
 
@@ -17,7 +18,8 @@ def rope_tables(positions_BxT, head_dim: int, theta: float, scaling: str = "none
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     frequencies = SCALINGS[scaling](frequencies, factor)
     angles = positions_BxT.astype(jnp.float32)[:, :, None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    # Computed once: XLA would otherwise fuse cosines and sines into every layer's use of them.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def apply_rope(x_BxTxHxK, tables):

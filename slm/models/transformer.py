@@ -22,7 +22,14 @@ from slm.models.layers import norm
 from slm.models.mixers import MIXERS, Context, head_dim
 from slm.models.rope import rope_tables
 
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+_policies = jax.checkpoint_policies
+REMAT = {
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names("attention")
+    ),
+    "full": _policies.nothing_saveable,
+}
+"""Name in `model.remat` to what the forward pass keeps for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +131,8 @@ class Transformer:
         if self.cfg.scan:
             return jax.lax.scan(period, x, (params, cache))
         news = []
-        for n in range(len(jax.tree.leaves(params)[0])):
-            x, new = period(x, jax.tree.map(lambda a, n=n: a[n], (params, cache)))
+        for layer in _unstack((params, cache)):
+            x, new = period(x, layer)
             news.append(new)
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *news)
 
@@ -137,7 +144,7 @@ class Transformer:
         """float32 (..., V) from hidden (..., D), soft-capped if the config says so."""
         kernel = self.unembedding(params).astype(hidden.dtype)
         if self.cfg.tied and hidden.ndim == 2:
-            # A decode step has few rows. XLA:CPU multiplies embedding x hidden at memory speed, and hidden x embedding^T
+            # A decode step has few rows. XLA:CPU computes embedding x hidden at memory speed and hidden x embedding^T
             # 2 to 20 times slower; the barrier keeps it from turning the one into the other.
             product = jnp.dot(kernel.T, hidden.T, preferred_element_type=jnp.float32)
             logits = jax.lax.optimization_barrier(product).T
@@ -165,6 +172,14 @@ class Transformer:
         if cfg.position == "rope":
             rope = rope_tables(positions, head_dim(cfg), cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor)
         return Context(positions, segment_ids, rope)
+
+
+def _unstack(tree):
+    """The slices of stacked trees. By split, whose gradient is one concatenation, not a sum of padded arrays."""
+    n = len(jax.tree.leaves(tree)[0])
+    leaves, structure = jax.tree.flatten(tree)
+    columns = [[part[0] for part in jax.lax.split(leaf, [1] * n)] for leaf in leaves]
+    return [jax.tree.unflatten(structure, row) for row in zip(*columns, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=1)

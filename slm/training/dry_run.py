@@ -1,0 +1,54 @@
+"""`train.py --dry-run`: what a config would cost on some mesh, without data, without devices, without parameters."""
+
+import contextlib
+
+import jax
+
+from slm.config import Experiment
+from slm.errors import ConfigError
+from slm.training import mesh as meshes
+from slm.training.plan import Plan, make_plan
+from slm.training.progress import make_console, show_plan
+from slm.training.run import filled_in
+from slm.training.step import build
+
+
+def dry_run(cfg: Experiment, devices: int) -> Plan:
+    """Compiles the train step for `devices` CPU devices that stand in for real ones, prints the plan, and returns it.
+
+    All from shapes: a model that would not fit this machine is fine. The memory is what XLA lays out for CPUs;
+    accelerators fuse more, so take it as an upper estimate.
+
+    Raises ConfigError if the mesh does not divide, or the vocabulary can only be known from the data.
+    """
+    cfg = filled_in(cfg, cfg.model.vocab_size or _vocabulary(cfg.data.tokenizer))
+    if devices < 1:
+        raise ConfigError(f"--devices {devices}: must be at least 1")
+    _pretend(devices)
+    mesh = meshes.make_mesh(cfg.mesh, jax.devices()[:devices])
+    meshes.check_mesh(mesh, cfg.model, cfg.train)
+    plan = make_plan(cfg, build(cfg, mesh))
+    show_plan(cfg, plan, [], make_console(True))
+    return plan
+
+
+def _pretend(devices: int) -> None:
+    """Makes `devices` CPU devices, unless JAX has started already (in a notebook) with enough of them."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    if len(jax.devices()) < devices:
+        raise ConfigError(
+            f"--devices {devices}: JAX is in use already with {len(jax.devices())}; do a dry run in a fresh process"
+        )
+
+
+def _vocabulary(spec: str) -> int:
+    """Size of the tokenizer that `spec` names."""
+    from slm.data.tokenizers import build_tokenizer, depends_on_documents
+
+    if spec.startswith("bpe:") and spec.removeprefix("bpe:").isdecimal():
+        return int(spec.removeprefix("bpe:"))
+    if depends_on_documents(spec):
+        raise ConfigError(f"--dry-run reads no data, and data.tokenizer = {spec} depends on it: set model.vocab_size")
+    return build_tokenizer(spec, lambda: iter(())).vocab_size
