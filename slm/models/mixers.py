@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from slm.attention import cached_attention, softmax_attention
+from slm.attention import cached_attention, choose_implementation, softmax_attention
 from slm.config import ModelConfig
 from slm.models.layers import dense, residual_std
 from slm.models.rope import apply_rope
@@ -92,6 +92,16 @@ class SoftmaxMixer(nn.Module):
         W = min(length, cls.window(cfg) or length)
         keys = (W * (W + 1) / 2 + (length - W) * W) / length
         return 4 * cfg.heads * head_dim(cfg) * keys
+
+
+    @classmethod
+    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
+        """The implementation that training on `platform` will use, for the table printed at start."""
+        if cfg.attention_implementation != "auto":
+            return cfg.attention_implementation
+        extras = segments or cfg.attention_softcap is not None
+        shape = (1, length, cfg.heads, head_dim(cfg))
+        return choose_implementation(shape, dtype, window=cls.window(cfg), extras=extras, platform=platform)
 
 
 class WindowMixer(SoftmaxMixer):

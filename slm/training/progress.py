@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from slm.config import Experiment
+from slm.models.mixers import MIXERS
 from slm.training.plan import Plan
 
 
@@ -125,6 +126,7 @@ def _facts(cfg: Experiment, plan: Plan) -> Table:
     facts.add_row("mesh", f"{axes} on {mesh.size} × {kind}")
     tokens = cfg.train.batch_size * cfg.data.sequence_length
     facts.add_row("batch", f"{tokens:,} tokens in {cfg.train.accumulation} micro-batches, {cfg.train.precision}")
+    facts.add_row("attention", ", ".join(_backends(cfg, plan)))
     facts.add_row("compute", f"{si(plan.flops_per_token)}FLOP a token, {si(plan.flops_per_token * tokens)}FLOP a step")
     if plan.memory:
         m = plan.memory
@@ -132,6 +134,16 @@ def _facts(cfg: Experiment, plan: Plan) -> Table:
         facts.add_row("memory", f"{si(m.total)}B a device: {parts}")
     facts.add_row("compiled", f"in {plan.compile_seconds:.1f} s")
     return facts
+
+
+def _backends(cfg: Experiment, plan: Plan) -> list[str]:
+    """What `auto` came to, for each mechanism of the model."""
+    platform, dtype = plan.program.mesh.devices.flat[0].platform, plan.program.transformer.dtype
+    length, segments = cfg.data.sequence_length, cfg.data.packing == "documents"
+    return [
+        f"{name} by {MIXERS[name].backend(cfg.model, length, dtype, platform, segments)}"
+        for name in dict.fromkeys(cfg.model.attention)
+    ]
 
 
 def si(value: float) -> str:

@@ -74,19 +74,21 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = state_shardings(abstract, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
+    options = compiler_options(mesh.devices.flat[0].platform)
     B, T = cfg.train.batch_size, cfg.data.sequence_length
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "segment_ids": "int32", "positions": "int32"}
     step = make_train_step(transformer, optimizer, cfg)
     return Program(
         transformer=transformer,
         mesh=mesh,
-        init=jax.jit(init, out_shardings=shardings),
+        init=jax.jit(init, out_shardings=shardings, compiler_options=options),
         train=jax.jit(
             step, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, replicated),
-            compiler_options=compiler_options(mesh.devices.flat[0].platform),
+            compiler_options=options,
         ),
         evaluate=jax.jit(
-            make_eval_step(transformer, cfg.train), in_shardings=(shardings.params, rows), out_shardings=replicated
+            make_eval_step(transformer, cfg.train), in_shardings=(shardings.params, rows), out_shardings=replicated,
+            compiler_options=options,
         ),
         evaluation_params=jax.jit(averaged, in_shardings=(shardings,), out_shardings=shardings.params),
         state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings),
@@ -95,15 +97,16 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
 
 
 @functools.cache
-def compiler_options(platform: str) -> dict[str, str]:
+def compiler_options(platform: str) -> dict[str, str | int]:
     """XLA options that pay on `platform`; none changes results beyond rounding.
 
-    On CPU, jax 0.10 hands matrix products to YNNPACK, which made a training step about 6 % slower than Eigen's here
-    (benchmarks/README.md). An XLA that does not know the option is left alone.
+    On CPU, jax 0.10 hands matrix products to YNNPACK, which made a training step about 6 % slower than Eigen's here;
+    and LLVM's optimisation beyond level 1 takes a third of the compilation and gains nothing, since the time goes into
+    products and memory (benchmarks/README.md). An XLA that does not know the options is left alone.
     """
     if platform != "cpu":
         return {}
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    options = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": 1}
     try:
         jax.jit(lambda: 0).lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError:
