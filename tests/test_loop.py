@@ -207,6 +207,7 @@ def test_sigterm_twice_is_like_once():
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, 3, signal.SIGINT)
+    monkeypatch.setenv("COLUMNS", "140")  # pytest-xdist's workers claim 80, which would fold the names
     cfg = tiny(tmp_path, {"log.console": True})
     run = train(cfg)
     assert not run.finished
