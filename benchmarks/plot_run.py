@@ -1,6 +1,6 @@
 """Draw a run's training curve.
 
-    python benchmarks/plot_run.py runs/quickstart docs/quickstart.png
+python benchmarks/plot_run.py runs/quickstart docs/quickstart.png
 """
 
 import argparse

@@ -20,24 +20,31 @@ import slm
 from slm.models.counts import parameter_counts
 
 NANOGPT = {
-    "model.norm": "layernorm", "model.norm_eps": 1e-5, "model.mlp": "gelu", "model.mlp_width": 512,
-    "model.position": "learned", "model.qk_norm": False,
-    "optim.name": "adamw", "optim.learning_rate": 1e-3, "optim.schedule": "cosine", "optim.final_ratio": 0.1,
+    "model.norm": "layernorm",
+    "model.norm_eps": 1e-5,
+    "model.mlp": "gelu",
+    "model.mlp_width": 512,
+    "model.position": "learned",
+    "model.qk_norm": False,
+    "optim.name": "adamw",
+    "optim.learning_rate": 1e-3,
+    "optim.schedule": "cosine",
+    "optim.final_ratio": 0.1,
     "optim.b2": 0.99,
-}  # fmt: skip
+}
 MODERN = {path: value for path, value in NANOGPT.items() if path.startswith("optim.")}
 ARMS = {
     "nanoGPT's recipe": NANOGPT,
     "modern architecture": MODERN,
-    "modern, AdamW at its best rate": MODERN
-    | {"optim.learning_rate": 4e-3, "optim.schedule": "linear", "optim.final_ratio": 0.0},  # fmt: skip
+    "modern architecture, AdamW at 2e-3": MODERN
+    | {"optim.learning_rate": 2e-3, "optim.schedule": "linear", "optim.final_ratio": 0.0},
     "nanoGPT's architecture, Muon": NANOGPT
     | {
         "optim.name": "muon",
         "optim.learning_rate": 1e-2,
         "optim.schedule": "linear",
         "optim.final_ratio": 0.0,
-    },  # fmt: skip
+    },
     "configs/shakespeare_char.py": {},
 }
 
@@ -64,11 +71,22 @@ def main():
                 seconds.append(time.perf_counter() - start)
                 losses.append(run.history[-1]["validation_loss"])
                 parameters = parameter_counts(run.model.config.model)["total"]
-        rows.append({"arm": arm, "parameters": parameters, "seeds": options.seeds, "validation_loss": losses,
-                     "mean": statistics.mean(losses), "seconds": statistics.mean(seconds)})  # fmt: skip
+        rows.append(
+            {
+                "arm": arm,
+                "parameters": parameters,
+                "seeds": options.seeds,
+                "validation_loss": losses,
+                "mean": statistics.mean(losses),
+                "seconds": statistics.mean(seconds),
+            }
+        )
         spread = f" ± {statistics.stdev(losses) / len(losses) ** 0.5:.4f}" if len(losses) > 1 else ""
-        print(f"{arm:34s} {parameters:9,d} parameters   {rows[-1]['mean']:.4f}{spread} nats/char"
-              f"   {rows[-1]['seconds']:.0f} s", flush=True)  # fmt: skip
+        print(
+            f"{arm:34s} {parameters:9,d} parameters   {rows[-1]['mean']:.4f}{spread} nats/char"
+            f"   {rows[-1]['seconds']:.0f} s",
+            flush=True,
+        )
     if options.json:
         record = {"date": str(date.today()), "cores": os.cpu_count(), "changes": changes, "results": rows}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -90,7 +90,8 @@ def report(rows):
 
 
 def machine():
-    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = [line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")]
     return {"processor": model[0] if model else platform.processor(), "cores": os.cpu_count()}
 
 

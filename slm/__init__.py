@@ -31,7 +31,7 @@ _HOME = {
     "evaluate": "slm.evaluation.bits_per_byte",
     "generate": "slm.evaluation.generate",
 }
-__all__ = list(_HOME)  # noqa: PLE0605
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str):

@@ -3,7 +3,6 @@
 import errno
 import sys
 import warnings
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ def train_command(arguments: Sequence[str]) -> int:
     # Where in the source a warning was raised says nothing to who reads it here.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no file and line: they are for the user
-    try:
         command = parse(arguments)
         if command.dry_run:
             from slm.training.dry_run import dry_run

@@ -93,7 +93,6 @@ class SoftmaxMixer(nn.Module):
         keys = (W * (W + 1) / 2 + (length - W) * W) / length
         return 4 * cfg.heads * head_dim(cfg) * keys
 
-
     @classmethod
     def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
         """The implementation that training on `platform` will use, for the table printed at start."""
