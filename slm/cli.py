@@ -22,7 +22,7 @@ def train_command(arguments: Sequence[str]) -> int:
     """
     # Where in the source a warning was raised says nothing to who reads it here.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # no file and line: they are for the user
+    try:
         command = parse(arguments)
         if command.dry_run:
             from slm.training.dry_run import dry_run
