@@ -2,7 +2,7 @@
 
     python eval.py runs/quickstart                           # bits per byte on the run's own held-out text
     python eval.py runs/quickstart --source my_text.txt      # ... on any source that data.source can name
-    python eval.py runs/quickstart --by-position --json scores.json
+    python eval.py runs/quickstart --checkpoint best --by-position --json scores.json
     python eval.py runs/quickstart --prompt "import os" "class " --samples 2 --temperature 0.8 --top-p 0.95
     python eval.py --help
 

@@ -1,7 +1,5 @@
 """The command line of train.py: a config file, then `--section.field VALUE` for any field of the Experiment."""
 
-import errno
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from slm.config import Experiment, check, load_config
-from slm.errors import ConfigError, SlmError
-
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+from slm.errors import ConfigError, exit_code
 
 
 def train_command(arguments: Sequence[str]) -> int:
@@ -22,28 +18,18 @@ def train_command(arguments: Sequence[str]) -> int:
     """
     # Where in the source a warning was raised says nothing to who reads it here.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        command = parse(arguments)
-        if command.dry_run:
-            from slm.training.dry_run import dry_run
+    return exit_code(lambda: _run(parse(arguments)))
 
-            dry_run(command.experiment, command.devices)
-        else:
-            from slm.training.loop import train
 
-            train(command.experiment)
-    except SlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+def _run(command: "Command") -> None:
+    if command.dry_run:
+        from slm.training.dry_run import dry_run
+
+        dry_run(command.experiment, command.devices)
+    else:
+        from slm.training.loop import train
+
+        train(command.experiment)
 
 
 @dataclass(frozen=True)

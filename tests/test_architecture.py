@@ -29,7 +29,8 @@ HEAVY = {
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),  # names its modules as strings
     "errors": (set(), set()),
-    "config": ({"errors"}, set()),
+    "experiment": (set(), set()),
+    "config": ({"errors", "experiment"}, set()),
     "attention": (set(), set()),
     "models": ({"config", "errors", "attention"}, set()),
     "data": ({"config", "errors"}, set()),

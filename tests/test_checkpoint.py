@@ -158,6 +158,50 @@ def test_missing_checkpoints_are_named(tmp_path, saved, open_checkpoints):
         open_checkpoints(saved).restore(abstract(make_state()), step=4)
 
 
+def test_find_latest_best_or_a_step(tmp_path, saved, open_checkpoints):
+    checkpoints = open_checkpoints(tmp_path, keep=3)
+    for step, loss in {10: 2.0, 20: 1.5, 30: None, 40: 1.8}.items():
+        checkpoints.save(make_state(), step, META, None if loss is None else {"loss": loss})
+    checkpoints.wait()
+    again = open_checkpoints(tmp_path, keep=3)
+    assert [again.find(which) for which in ("latest", "best", "30", 20)] == [40, 20, 30, 20]
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 10 .*there are \[20, 30, 40\]"):
+        again.find("10")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint 'bset' .* latest, best or one of the steps \[20, 30, 40\]"
+    ):
+        again.find("bset")
+    for which in ("latest", "best", 1):
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            open_checkpoints(tmp_path / "empty").find(which)
+
+
+def test_without_an_evaluation_there_is_no_best(tmp_path, open_checkpoints):
+    checkpoints = open_checkpoints(tmp_path)
+    checkpoints.save(make_state(), 1, META)
+    with pytest.raises(CheckpointError, match=r"no best checkpoint .* there are \[1\]"):
+        checkpoints.find("best")
+
+
+@pytest.mark.parametrize(
+    ("failure", "damaged"),
+    [
+        (MemoryError(), False),
+        (PermissionError(errno.EACCES, "Permission denied"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), False),
+        (FileNotFoundError(errno.ENOENT, "No such file"), True),
+        (ValueError("DATA_LOSS: checksum"), True),
+    ],
+)
+def test_what_is_not_about_the_files_is_not_called_damage(saved, open_checkpoints, failure, damaged):
+    with pytest.raises(CheckpointError) as error, open_checkpoints(saved)._reading(6):
+        raise failure
+    assert ("is damaged" in str(error.value)) == damaged
+    assert ("could not be read" in str(error.value)) == (not damaged)
+    assert "othing was changed" in str(error.value)
+
+
 def test_parts_for_inference(saved, open_checkpoints):
     parts = open_checkpoints(saved).restore_parts(("params", "ema", "loss_scale"))
     assert same(parts["params"], make_state().params)

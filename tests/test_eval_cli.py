@@ -1,11 +1,14 @@
+import errno
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_run import tiny, use_devices
 
 from slm.config import Experiment, ModelConfig, override
+from slm.data.pipeline import open_data
 from slm.data.synthetic import synthetic_tokenizer
 from slm.data.tokenizers import build_tokenizer
 from slm.evaluation.bits_per_byte import evaluate
@@ -13,6 +16,8 @@ from slm.evaluation.cli import evaluate_command
 from slm.evaluation.generate import generate
 from slm.models.language_model import LanguageModel
 from slm.models.transformer import Transformer
+from slm.training.loop import train
+from slm.training.run import load
 
 
 def random_model(tokenizer, folder, changes):
@@ -45,7 +50,9 @@ def command(model, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments, model=model):
-        monkeypatch.setattr("slm.training.run.load", lambda folder: model)
+        monkeypatch.setattr("slm.training.run.load", lambda folder, checkpoint: model)
+        trained_on = open_data(model.config.data, model.config.seed, model.tokenizer).fingerprint
+        monkeypatch.setattr("slm.training.run.data_fingerprint", lambda folder, cfg: trained_on)
         code = evaluate_command(["runs/some", *map(str, arguments)])
         return code, *capsys.readouterr()
 
@@ -63,6 +70,40 @@ def test_held_out_text_is_scored(command, model, texts, tmp_path):
     assert 0 < scores["documents"] < 12
     assert sum(scores["tokens_by_position"]) == scores["tokens"] == scores["bytes"]
     assert "samples" not in scores
+
+
+def test_a_trained_run_by_checkpoint_until_its_data_changes(tmp_path, monkeypatch, capsys):
+    use_devices(monkeypatch, 1)
+    monkeypatch.setattr("slm.training.compilation.enable_compilation_cache", lambda folder: None)
+    cfg = tiny(tmp_path, {"data.tokenizer": "bpe:300", "checkpoint.keep": 2})
+    run = train(cfg)
+    steps = {row["step"]: row["validation_loss"] for row in run.history if row["step"] in (4, 8)}
+    best = min(steps, key=steps.get)
+    for which, step in {"4": 4, "latest": 8, "best": best}.items():
+        assert evaluate_command([str(run.dir), "--checkpoint", which, "--json", str(tmp_path / "scores.json")]) == 0
+        scores = json.loads((tmp_path / "scores.json").read_text())
+        assert scores["checkpoint"] == which
+        params = load(run.dir, step).params
+        assert jax.tree.all(jax.tree.map(np.array_equal, load(run.dir, which).params, params))
+    assert evaluate_command([str(run.dir), "--sequence-length", "8"]) == 0
+    capsys.readouterr()
+    assert evaluate_command([str(run.dir), "--checkpoint", "5"]) == 2
+    assert "no checkpoint of step 5" in capsys.readouterr().err
+
+    text = tmp_path / "text.txt"
+    text.write_text("One more line.\n" + text.read_text())
+    assert evaluate_command([str(run.dir)]) == 2
+    assert "has changed since training" in capsys.readouterr().err
+    assert evaluate_command([str(run.dir), "--source", str(text)]) == 0
+
+
+def test_a_disk_error_is_one_line(command, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "some/file")
+
+    monkeypatch.setattr("slm.evaluation.cli.score", denied)
+    code, _, err = command()
+    assert (code, err) == (2, "error: Permission denied: some/file\n")
 
 
 def test_a_source_is_scored(command, model, texts, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from tiny_run import stop_at, tiny, use_devices
 
 from slm.config import override
-from slm.errors import ConfigError, DataError, DivergenceError, SlmError
+from slm.errors import CheckpointError, ConfigError, DataError, DivergenceError, SlmError
 from slm.training import loop
 from slm.training.checkpoint import Checkpoints
 from slm.training.loop import train
@@ -218,6 +218,41 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
     # The tables before step 0.
     for expected in ("parameters", "blocks/0/mixer/query/kernel", "adamw", "FLOP", "a device", "mesh", "compiled"):
         assert expected in printed
+
+
+def test_stopped_at_step_0_nothing_is_said_to_be_saved(tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 0)
+    monkeypatch.setenv("COLUMNS", "140")
+    cfg = tiny(tmp_path, {"log.console": True})
+    assert not train(cfg).finished
+    assert latest_step(cfg.run_dir) is None
+    printed = capsys.readouterr().out
+    assert "nothing was saved" in printed
+    assert "stopped and saved" not in printed
+
+
+def test_checkpoints_without_a_config_are_left_alone(tmp_path):
+    cfg = tiny(tmp_path)
+    (cfg.run_dir / "checkpoints" / "4").mkdir(parents=True)
+    (cfg.run_dir / "tokenizer.json").write_text("theirs")
+    with pytest.raises(CheckpointError, match=r"has checkpoints but no config\.json.*copy config\.json back"):
+        train(cfg)
+    assert (cfg.run_dir / "tokenizer.json").read_text() == "theirs"
+
+
+def test_a_failed_save_does_not_hide_a_divergence():
+    class Failing:
+        folder = "folder"
+
+        def wait(self):
+            raise CheckpointError("the disk is full")
+
+        def latest(self):
+            return 4
+
+    advice = loop._advice(Failing())
+    assert "last good checkpoint, step 4" in advice
+    assert advice.endswith("Besides, the disk is full")
 
 
 def test_a_quiet_run_prints_nothing(tmp_path, capsys):

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from slm.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
+from slm.models.layers import lookup
 from slm.models.transformer import Transformer
 from slm.training import precision, step
 from slm.training.mesh import make_mesh
@@ -317,3 +318,15 @@ def test_float16_skips_steps_that_overflow_and_goes_on():
     assert state.step == 1 + skipped + 1 + 40
     assert metrics["loss"] < first / 3
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_a_frequent_tokens_embedding_gradient_survives_bfloat16():
+    """Thousands of contributions to one row: summed in bfloat16, most of them would be rounded away."""
+    table = jax.random.normal(jax.random.key(0), (5, 8))
+    tokens = jnp.zeros(4096, jnp.int32).at[::100].set(3)
+    d_rows = jnp.ones((4096, 8)) / 64
+
+    def gradient(dtype):
+        return jax.grad(lambda t: (lookup(t.astype(dtype), tokens) * d_rows.astype(dtype)).sum().astype(float))(table)
+
+    np.testing.assert_allclose(gradient(jnp.bfloat16), gradient(jnp.float32), rtol=0.01)

@@ -130,12 +130,13 @@ def check_sizes(model: LanguageModel, batch_size: int, sequence_length: int | No
 
 def eval_step_of(model: LanguageModel) -> Callable[[Any, dict], dict]:
     """The jitted (params, batch) -> {"nats", "correct"} of a model, in float32; the same one for the same settings."""
-    return _jitted(model.transformer, model.config.train)
+    cfg = model.config
+    return _jitted(model.transformer, cfg.data.packing == "documents", cfg.train.loss_chunk)
 
 
 @functools.cache
-def _jitted(transformer, train):
-    return jax.jit(make_eval_step(transformer, train))
+def _jitted(transformer, documents, chunk):
+    return jax.jit(make_eval_step(transformer, documents, chunk))
 
 
 class _Sums:

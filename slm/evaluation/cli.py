@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from slm.errors import SlmError
+from slm.errors import DataError, SlmError, exit_code
 from slm.evaluation.bits_per_byte import check_sizes, eval_step_of, evaluate_batches
 from slm.evaluation.generate import generate
 from slm.models.language_model import LanguageModel
@@ -30,7 +29,9 @@ class Arguments:
     """What eval.py was asked to do."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of a run, such as runs/quickstart; its latest checkpoint is used."""
+    """Folder of a run, such as runs/quickstart."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
+    """Which of the run's checkpoints; best: the one of lowest validation loss."""
     source: str | None = None
     """Score on this instead of the run's held-out data: whatever data.source can name, such as cpython, a text file or
     folder, FILE.jsonl, FILE.parquet, a TFDS data set (tfds:NAME/SPLIT), or synthetic:TASK for a run trained on such."""
@@ -66,15 +67,7 @@ def evaluate_command(arguments: Sequence[str]) -> int:
     0: done. 2: an error that the user can fix, printed in one line on stderr. 130: Ctrl-C.
     Raises SystemExit, after printing, for --help (0) and unknown or ill-typed arguments (2).
     """
-    try:
-        run(tyro.cli(Arguments, prog="eval.py", description=DESCRIPTION, args=list(arguments)))
-    except SlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(tyro.cli(Arguments, prog="eval.py", description=DESCRIPTION, args=list(arguments))))
 
 
 def run(arguments: Arguments) -> None:
@@ -85,11 +78,11 @@ def run(arguments: Arguments) -> None:
 
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
-    model = load(arguments.run)
+    model = load(arguments.run, arguments.checkpoint)
     enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
     console = Console(highlight=False)
     console.print(Text(repr(model), style="dim"), soft_wrap=True)
-    report: dict[str, Any] = {"run": arguments.run}
+    report: dict[str, Any] = {"run": arguments.run, "checkpoint": arguments.checkpoint}
     if arguments.source is not None or not arguments.prompt:
         source, scores = score(model, arguments)
         console.print(score_table(source, scores))
@@ -113,15 +106,23 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
     from slm.data.evaluation import open_evaluation, whole_corpus
     from slm.data.pipeline import open_data
     from slm.data.sources import open_source
-    from slm.errors import DataError
+    from slm.training.run import data_fingerprint
 
     check_sizes(model, arguments.batch_size, arguments.sequence_length)
     data, seed, spec = model.config.data, model.config.seed, arguments.source
     data = dataclasses.replace(data, sequence_length=arguments.sequence_length or data.sequence_length)
     if spec is None:
-        evaluation = open_data(data, seed, model.tokenizer).validation
-        if evaluation is None:
+        trained = open_data(model.config.data, seed, model.tokenizer)
+        if trained.validation is None:
             raise DataError(f"{arguments.run} held nothing out from training: name a --source to score on")
+        if trained.fingerprint != data_fingerprint(arguments.run, model.config):
+            raise DataError(
+                f"the data of {arguments.run} has changed since training, so what would be held out now may have been "
+                "trained on: restore it, or name a --source to score on"
+            )
+        # The fingerprint depends on the windows' length, the split does not.
+        same = data == model.config.data
+        evaluation = (trained if same else open_data(data, seed, model.tokenizer)).validation
         name = f"held out from {evaluation.name}" if not data.validation else evaluation.name
     else:
         # Unlike slm.evaluate, which also takes text, a misspelt source must not be scored as one.

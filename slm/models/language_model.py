@@ -1,5 +1,6 @@
 """A trained model as one value: parameters, the experiment that made them, and the tokenizer."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ class LanguageModel:
 
     @property
     def transformer(self) -> Transformer:
-        return Transformer(self.config.model, jnp.float32)
+        # In float32, which not every backend that trained in half precision can serve.
+        return Transformer(dataclasses.replace(self.config.model, attention_implementation="auto"), jnp.float32)
 
     def __repr__(self) -> str:
         from slm.models.counts import parameter_counts
@@ -49,6 +51,9 @@ def logits(model: LanguageModel, tokens, attention_mask=None, token_type_ids=Non
     if token_type_ids is not None:
         raise ValueError("token_type_ids: this model is a decoder and has no token types")
     tokens = jnp.asarray(tokens, jnp.int32)
+    m = model.config.model
+    if m.position == "learned" and tokens.shape[1] > m.max_length:
+        raise ValueError(f"{tokens.shape[1]} tokens exceed the {m.max_length} learned positions of this model")
     segment_ids = positions = None
     if attention_mask is not None:
         segment_ids = jnp.asarray(attention_mask, jnp.int32)

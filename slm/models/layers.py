@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from slm.config import ModelConfig
 
@@ -37,6 +38,25 @@ def _product_backward(operands, d_out):
 
 
 _product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+
+
+@jax.custom_vjp
+def lookup(table, indices):
+    """Rows of table (V, D) at integer indices (...): (..., D), with the table's gradient summed in float32.
+
+    A frequent token's row gets thousands of contributions; summed in bfloat16 most of them would be rounded away (the
+    sum of 4096 ones is 256).
+    """
+    return table[indices]
+
+
+def _lookup_backward(residuals, d_rows):
+    table, indices = residuals
+    total = jnp.zeros(table.shape, jnp.float32).at[indices].add(d_rows.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+lookup.defvjp(lambda table, indices: (table[indices], (table, indices)), _lookup_backward)
 
 
 def norm(name: str, cfg: ModelConfig, dtype: Any) -> nn.Module:

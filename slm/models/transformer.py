@@ -5,6 +5,7 @@ Parameters: {"embed": {"embedding" (V, D)[, "position"]}, "blocks": {"0": ..., "
 fill a whole period stand in `tail/i`, stacked with length 1. Scanning, unrolling and remat read the same tree.
 """
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from slm.config import ModelConfig
 from slm.errors import ConfigError
 from slm.models.blocks import Block
-from slm.models.layers import norm
+from slm.models.layers import lookup, norm
 from slm.models.mixers import MIXERS, Context, head_dim
 from slm.models.rope import rope_tables
 
@@ -30,6 +31,15 @@ REMAT = {
     "full": _policies.nothing_saveable,
 }
 """Name in `model.remat` to what the forward pass keeps for the backward pass."""
+
+
+def check_mechanisms(cfg: ModelConfig) -> None:
+    """Raises ConfigError, naming the nearest, where `cfg.attention` names no mixer."""
+    for name in cfg.attention:
+        if name not in MIXERS:
+            near = difflib.get_close_matches(name, MIXERS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MIXERS)}"
+            raise ConfigError(f"model.attention: no mechanism {name!r}: {hint}")
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,7 @@ class Transformer:
     """Applied to the residual stream (B, T, D) before every layer: the place for a sharding constraint."""
 
     def __post_init__(self):
-        for name in self.cfg.attention:
-            if name not in MIXERS:
-                near = difflib.get_close_matches(name, MIXERS, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MIXERS)}"
-                raise ConfigError(f"model.attention: no mechanism {name!r}: {hint}")
+        check_mechanisms(self.cfg)
         if not self.cfg.vocab_size:
             raise ConfigError("model.vocab_size = 0: set it, or give a tokenizer whose size it can take")
         if self.cfg.position == "learned" and not self.cfg.max_length:
@@ -67,7 +73,8 @@ class Transformer:
 
     def init(self, key: jax.Array) -> dict:
         """Random float32 parameters from one key."""
-        cfg = self.cfg
+        # Backends do not change parameters, and some cannot run the float32 that parameters are made in.
+        cfg = dataclasses.replace(self.cfg, attention_implementation="auto")
         x_BxTxD = jnp.zeros((1, 1, cfg.width))
         context = self._context(jnp.zeros((1, 1), jnp.int32), None)
         keys = iter(jax.random.split(key, cfg.layers + 3))
@@ -103,9 +110,9 @@ class Transformer:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         context = self._context(positions, segment_ids)
-        x = params["embed"]["embedding"].astype(self.dtype)[tokens]
+        x = lookup(params["embed"]["embedding"].astype(self.dtype), tokens)
         if cfg.position == "learned":
-            x += params["embed"]["position"].astype(self.dtype)[positions]
+            x += lookup(params["embed"]["position"].astype(self.dtype), positions)
         new_cache = {}
         for group, (pattern, _) in self.groups.items():
             group_cache = None if cache is None else cache[group]

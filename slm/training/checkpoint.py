@@ -6,6 +6,7 @@ process killed in the middle of a save leaves the older checkpoints as they were
 """
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -22,6 +23,11 @@ import orbax.checkpoint as ocp
 from slm.config import CheckpointConfig
 from slm.errors import CheckpointError
 from slm.training.state import TrainState
+
+CONTENT_ERRORS = {None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+"""Numbers of an OSError that say something about what is stored; the others are about reading it."""
+TRANSIENT = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""Status codes of XLA and tensorstore, which hide the operating system's errors behind them."""
 
 
 class Checkpoints:
@@ -63,6 +69,28 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         return max(self.all_steps(), default=None)
+
+    def find(self, which: str | int) -> int:
+        """The step that `which` means: "latest", "best" (of lowest validation loss), or a step's number.
+
+        Raises CheckpointError, naming the steps there are, if there is no such checkpoint.
+        """
+        if which == "latest":
+            return self._existing(None)
+        if which == "best":
+            self._existing(None)
+            if (best := self._manager.best_step()) is None:
+                raise CheckpointError(
+                    f"no best checkpoint in {self.folder}: none was evaluated when it was saved; there are "
+                    f"{self.all_steps()}"
+                )
+            return best
+        try:
+            return self._existing(int(which))
+        except ValueError:
+            raise CheckpointError(
+                f"no checkpoint {which!r} in {self.folder}: name latest, best or one of the steps {self.all_steps()}"
+            ) from None
 
     def save(self, state: TrainState, step: int, meta: dict, metrics: dict[str, float] | None = None) -> bool:
         """Copies `state` and writes it in the background; `state` may be donated as soon as this returns.
@@ -168,15 +196,21 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
-        """Any failure here means files that are not as they were written."""
         try:
             with _silent_threads():
                 yield
         except Exception as error:
-            raise self._damaged(step, error) from error
+            raise self._unreadable(step, error) from error
 
-    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        """Unless memory, rights or the device failed, the files are not as they were written."""
         folder = self.folder / str(step)
+        if (
+            isinstance(error, MemoryError)
+            or (isinstance(error, OSError) and error.errno not in CONTENT_ERRORS)
+            or any(status in str(error) for status in TRANSIENT)
+        ):
+            return CheckpointError(f"checkpoint {folder} could not be read: {_first_line(error)}; nothing was changed")
         older = [int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and int(p.name) < step]
         then = f"continue from step {max(older)}" if older else "start again from step 0: there is no older checkpoint"
         return CheckpointError(
@@ -190,7 +224,7 @@ class Checkpoints:
             try:
                 json.loads(file.read_text())
             except (OSError, ValueError) as error:
-                raise self._damaged(int(file.parent.parent.name), error) from error
+                raise self._unreadable(int(file.parent.parent.name), error) from error
 
 
 def compare(stored: Any, target: Any, where: str) -> None:

@@ -23,7 +23,8 @@ import jax
 import numpy as np
 
 from slm.config import Experiment, check
-from slm.errors import DataError, DivergenceError
+from slm.errors import CheckpointError, DataError, DivergenceError
+from slm.models.transformer import check_mechanisms
 from slm.training import mesh as meshes
 from slm.training import precision
 from slm.training.checkpoint import Checkpoints
@@ -33,7 +34,18 @@ from slm.training.plan import Plan, make_plan
 from slm.training.profiler import Profiler
 from slm.training.progress import Progress, make_console, show_plan
 from slm.training.recorder import Recorder, due
-from slm.training.run import CHECKPOINTS, METRICS, Run, as_settings, filled_in, finished_run, prepare, resumable
+from slm.training.run import (
+    CHECKPOINTS,
+    METRICS,
+    Run,
+    as_settings,
+    filled_in,
+    finished_run,
+    latest_step,
+    prepare,
+    resumable,
+)
+from slm.training.schedules import make_schedule
 from slm.training.signals import StopRequest
 from slm.training.state import TrainState
 from slm.training.step import Program, build
@@ -58,6 +70,8 @@ def train(cfg: Experiment) -> Run:
     from slm.data.pipeline import check_vocabulary, open_data
 
     cfg = check(cfg)
+    check_mechanisms(cfg.model)
+    make_schedule(cfg.optim, cfg.train.steps)
     enable_compilation_cache(cache_folder(cfg.data.cache) / "xla")
     joined = meshes.initialise_distributed(cfg.mesh)
     main = jax.process_index() == 0
@@ -107,7 +121,10 @@ def train(cfg: Experiment) -> Run:
         except DivergenceError as error:
             raise DivergenceError(f"{error}. {_advice(checkpoints)}") from None
     if not finished:
-        console.print(f"stopped and saved in {cfg.run_dir}: run the same command again to resume", soft_wrap=True)
+        saved = latest_step(cfg.run_dir) is not None
+        what = "stopped and saved" if saved else "stopped before the first step, so nothing was saved"
+        again = f"run the same command again to {'resume' if saved else 'start'}"
+        console.print(f"{what} in {cfg.run_dir}: {again}", soft_wrap=True)
     return Run(cfg.run_dir, history.rows, finished)
 
 
@@ -177,11 +194,15 @@ def _save(state: TrainState, step: int, meta: dict, checkpoints: Checkpoints, re
 
 
 def _advice(checkpoints: Checkpoints) -> str:
-    checkpoints.wait()
+    failed = ""
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:  # must not hide the divergence
+        failed = f". Besides, {error}"
     latest = checkpoints.latest()
     kept = "There is no checkpoint yet" if latest is None else f"The last good checkpoint, step {latest}, is kept in "
     where = "" if latest is None else str(checkpoints.folder)
-    return f"{kept}{where}. Lower optim.learning_rate, lengthen optim.warmup_steps, or set optim.clip_norm"
+    return f"{kept}{where}. Lower optim.learning_rate, lengthen optim.warmup_steps, or set optim.clip_norm{failed}"
 
 
 def _evaluator(cfg: Experiment, plan: Plan, data) -> Callable[[TrainState], dict[str, float]]:
@@ -191,8 +212,12 @@ def _evaluator(cfg: Experiment, plan: Plan, data) -> Callable[[TrainState], dict
     def evaluate(state: TrainState) -> dict[str, float]:
         if data.validation is None:
             return {}
+        # No more rows at once than training holds.
         batches = data.validation_batches(
-            cfg.train.batch_size, cfg.train.evaluate_sequences, jax.process_index(), jax.process_count()
+            cfg.train.batch_size // cfg.train.accumulation,
+            cfg.train.evaluate_sequences,
+            jax.process_index(),
+            jax.process_count(),
         )
         return evaluate_batches(
             plan.program.evaluate,

@@ -75,13 +75,15 @@ def _sums_forward(hidden, unembedding, targets, weights, z_loss, logit_softcap, 
     start = jnp.zeros(3, jnp.float32), jnp.zeros(unembedding.shape, jnp.float32)
     (sums, d_unembedding), d_hidden = jax.lax.scan(body, start, _split((hidden, targets, weights), chunk))
     d_hidden = _join(d_hidden)[:, : targets.shape[1]]
-    return tuple(sums), (d_hidden, d_unembedding.astype(unembedding.dtype))
+    return tuple(sums), (d_hidden, d_unembedding, unembedding)
 
 
 def _sums_backward(z_loss, logit_softcap, chunk, residuals, cotangents):
-    d_hidden, d_unembedding = residuals
+    d_hidden, d_unembedding, unembedding = residuals
+    # Scaled in float32 and rounded once: the cotangent, 1 / weight or a loss scale, may not fit a half precision.
     scale = cotangents[0]
-    return d_hidden * scale.astype(d_hidden.dtype), d_unembedding * scale.astype(d_unembedding.dtype), None, None
+    d_hidden = (d_hidden.astype(jnp.float32) * scale).astype(d_hidden.dtype)
+    return d_hidden, (d_unembedding * scale).astype(unembedding.dtype), None, None
 
 
 _sums.defvjp(_sums_forward, _sums_backward)

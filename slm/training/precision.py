@@ -30,11 +30,6 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def scale_loss(loss: jax.Array, loss_scale: LossScale) -> jax.Array:
-    """float32 loss times the scale, to differentiate. (The product exceeds what float16 can hold.)"""
-    return loss.astype(jnp.float32) * loss_scale.scale
-
-
 def unscale(grads: Any, loss_scale: LossScale) -> Any:
     """float32 gradients of the unscaled loss; an overflow stays infinite or NaN. Call before clipping."""
     return jax.tree.map(lambda g: g.astype(jnp.float32) / loss_scale.scale, grads)
@@ -61,8 +56,3 @@ def update(loss_scale: LossScale, finite: jax.Array) -> LossScale:
         skipped=loss_scale.skipped + jnp.where(finite, 0, 1),
         skipped_in_a_row=jnp.where(finite, 0, loss_scale.skipped_in_a_row + 1),
     )
-
-
-def stuck(loss_scale: LossScale) -> bool:
-    """On the host: have the last STUCK_AFTER steps all been skipped? Then no scale helps and training should stop."""
-    return int(loss_scale.skipped_in_a_row) >= STUCK_AFTER

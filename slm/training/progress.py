@@ -11,6 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from slm.config import Experiment
+from slm.models.counts import cache_bytes
 from slm.models.mixers import MIXERS
 from slm.training.plan import Plan
 
@@ -128,6 +129,9 @@ def _facts(cfg: Experiment, plan: Plan) -> Table:
     facts.add_row("batch", f"{tokens:,} tokens in {cfg.train.accumulation} micro-batches, {cfg.train.precision}")
     facts.add_row("attention", ", ".join(_backends(cfg, plan)))
     facts.add_row("compute", f"{si(plan.flops_per_token)}FLOP a token, {si(plan.flops_per_token * tokens)}FLOP a step")
+    length = cfg.data.sequence_length
+    cache = cache_bytes(cfg.model, 1, length, plan.program.transformer.dtype)
+    facts.add_row("decoding", f"cache of {si(cache)}B for {length:,} tokens")
     if plan.memory:
         m = plan.memory
         parts = f"arguments {si(m.arguments)}B, temporaries {si(m.temporaries)}B, outputs {si(m.outputs)}B"

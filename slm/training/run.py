@@ -1,5 +1,6 @@
 """Run folders: what a run is called, what is in it, and whether a config may continue it."""
 
+import contextlib
 import functools
 import json
 import os
@@ -50,10 +51,14 @@ class Run:
         return load(self.dir)
 
 
-def load(run_dir: str | Path) -> LanguageModel:
-    """The model of a run's latest checkpoint: its averaged weights (EMA, schedule-free) where it has them.
+def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel:
+    """The model of a run: its averaged weights (EMA, schedule-free) where it has them.
 
-    Raises CheckpointError if there is no such run, no checkpoint in it, or a damaged one.
+    Args:
+      run_dir: the run folder.
+      checkpoint: "latest", "best" (of lowest validation loss among those kept), or a step's number.
+
+    Raises CheckpointError if there is no such run, no such checkpoint in it, or a damaged one.
     """
     from slm.data.tokenizers import Tokenizer
 
@@ -65,33 +70,42 @@ def load(run_dir: str | Path) -> LanguageModel:
     tokenizer_file = run_dir / TOKENIZER
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{run_dir} has no {TOKENIZER}: copy it back, or train the run again")
-    params = jax.tree.map(jnp.asarray, _load_params(run_dir, cfg))
+    params = jax.tree.map(jnp.asarray, _load_params(run_dir, cfg, checkpoint))
     return LanguageModel(params, cfg, Tokenizer.load(tokenizer_file))
 
 
-def _load_params(run_dir: Path, cfg: Experiment) -> Any:
+def data_fingerprint(run_dir: str | Path, cfg: Experiment) -> str:
+    """Fingerprint of the data that the run was trained on. Raises CheckpointError as `load` does."""
+    from slm.training.checkpoint import Checkpoints
+
+    with contextlib.closing(Checkpoints(Path(run_dir) / CHECKPOINTS, cfg.checkpoint, read_only=True)) as checkpoints:
+        return checkpoints.read_meta()["data"]
+
+
+def _load_params(run_dir: Path, cfg: Experiment, which: str | int) -> Any:
     from slm.training.checkpoint import Checkpoints, compare
 
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, cfg.checkpoint, read_only=True)
     try:
+        step = checkpoints.find(which)
         if cfg.optim.name == "schedule_free_adamw":
-            return _schedule_free_params(checkpoints, cfg)
+            return _schedule_free_params(checkpoints, cfg, step)
         name = "params" if cfg.optim.ema_decay is None else "ema"
-        params = checkpoints.restore_parts((name,))[name]
+        params = checkpoints.restore_parts((name,), step)[name]
         compare(params, abstract_parameters(cfg.model), str(checkpoints.folder))
         return params
     finally:
         checkpoints.close()
 
 
-def _schedule_free_params(checkpoints, cfg: Experiment) -> Any:
+def _schedule_free_params(checkpoints, cfg: Experiment, step: int) -> Any:
     """The average is computed from two trees of the optimizer's state, so the whole state is read."""
     from slm.config import MeshConfig
     from slm.training.mesh import make_mesh
     from slm.training.step import build
 
     program = build(cfg, make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    state, _ = checkpoints.restore(program.state)
+    state, _ = checkpoints.restore(program.state, step)
     return program.evaluation_params(state)
 
 
@@ -138,9 +152,17 @@ def filled_in(cfg: Experiment, vocab_size: int) -> Experiment:
 
 
 def resumable(cfg: Experiment) -> bool:
-    """Whether `cfg` has a run to continue. Raises ConfigError if its folder holds another experiment's checkpoints."""
-    if cfg.train.overwrite or latest_step(cfg.run_dir) is None or (stored := stored_config(cfg.run_dir)) is None:
+    """Whether `cfg` has a run to continue.
+
+    Raises ConfigError if its folder holds another experiment's checkpoints, CheckpointError if it does not say whose.
+    """
+    if cfg.train.overwrite or latest_step(cfg.run_dir) is None:
         return False
+    if (stored := stored_config(cfg.run_dir)) is None:
+        raise CheckpointError(
+            f"{cfg.run_dir} has checkpoints but no {CONFIG}, so it cannot be told whether this would continue them: "
+            f"copy {CONFIG} back to resume, or use --name for a new run"
+        )
     check_continues(cfg, stored)
     return True
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slm.config import Experiment, TrainConfig
+from slm.config import Experiment
 from slm.models.transformer import Transformer
 from slm.training import precision
 from slm.training.loss import cross_entropy, token_losses
@@ -50,6 +50,7 @@ class Program:
 def build(cfg: Experiment, mesh: Mesh) -> Program:
     """The program of `cfg` on `mesh`. Allocates nothing. cfg.model.vocab_size must be set."""
     rows = batch_sharding(mesh)
+    documents = cfg.data.packing == "documents"
 
     def constrain(x):
         return jax.lax.with_sharding_constraint(x, rows) if mesh.size > 1 else x
@@ -87,7 +88,8 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
             compiler_options=options,
         ),
         evaluate=jax.jit(
-            make_eval_step(transformer, cfg.train), in_shardings=(shardings.params, rows), out_shardings=replicated,
+            make_eval_step(transformer, documents, cfg.train.loss_chunk),
+            in_shardings=(shardings.params, rows), out_shardings=replicated,
             compiler_options=options,
         ),
         evaluation_params=jax.jit(averaged, in_shardings=(shardings,), out_shardings=shardings.params),
@@ -120,13 +122,13 @@ def make_train_step(transformer: Transformer, optimizer: optax.GradientTransform
     Metrics are float32 scalars: `loss` (nats a token, without the z-loss), `accuracy`, `tokens` (weights summed),
     `grad_norm` (before clipping), `learning_rate`; with float16 also `loss_scale`, `skipped`, `skipped_in_a_row`.
     """
-    optim, train = cfg.optim, cfg.train
+    optim, train, documents = cfg.optim, cfg.train, cfg.data.packing == "documents"
     schedule = make_schedule(optim, train.steps)
 
     def objective(params, batch):
         view = precision.cast(params, transformer.dtype)
         hidden, _ = transformer.hidden(
-            view, batch["tokens"], segment_ids=_segments(cfg, batch), positions=batch["positions"]
+            view, batch["tokens"], segment_ids=batch["segment_ids"] if documents else None, positions=batch["positions"]
         )
         return cross_entropy(
             hidden,
@@ -199,29 +201,28 @@ def make_train_step(transformer: Transformer, optimizer: optax.GradientTransform
     return train_step
 
 
-def make_eval_step(transformer: Transformer, train: TrainConfig):
-    """A pure (params, batch) -> {"nats": (B, T), "correct": (B, T)} float32, in the transformer's compute dtype."""
+def make_eval_step(transformer: Transformer, documents: bool, chunk: int):
+    """A pure (params, batch) -> {"nats": (B, T), "correct": (B, T)} float32, in the transformer's compute dtype.
+
+    `documents`: attention stops at segment boundaries, as it did in training; False: each row is one text, so that
+    the fastest attention can serve. `chunk`: as in `token_losses`.
+    """
 
     def eval_step(params, batch):
         view = precision.cast(params, transformer.dtype)
         hidden, _ = transformer.hidden(
-            view, batch["tokens"], segment_ids=batch["segment_ids"], positions=batch["positions"]
+            view, batch["tokens"], segment_ids=batch["segment_ids"] if documents else None, positions=batch["positions"]
         )
         nats, correct, _ = token_losses(
             hidden,
             transformer.unembedding(view),
             batch["targets"],
             logit_softcap=transformer.cfg.logit_softcap,
-            chunk=train.loss_chunk,
+            chunk=chunk,
         )
         return {"nats": nats, "correct": correct}
 
     return eval_step
-
-
-def _segments(cfg: Experiment, batch):
-    """None where every row is one segment, so that the fastest attention can serve."""
-    return batch["segment_ids"] if cfg.data.packing == "documents" else None
 
 
 def _micro_batches(batch, n):

@@ -1,0 +1,224 @@
+"""The experiment: frozen, typed dataclasses; one value describes a whole run.
+
+A field is declared once, here, with its meaning as the docstring below it: `train.py --help`, the error messages and
+the saved `config.json` all come from that declaration. Functions take the section they use (`cfg.model`), not `cfg`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer."""
+
+    vocab_size: int = 0
+    """Rows of the embedding; 0 takes the tokenizer's size."""
+    layers: int = 4
+    """Number of blocks."""
+    width: int = 256
+    """Size of the residual stream (D)."""
+    heads: int = 4
+    """Query heads (H)."""
+    kv_heads: int | None = None
+    """Key/value heads (G) of grouped-query attention; divides heads; None: as many as heads."""
+    head_dim: int | None = None
+    """Size of one head (K); None: width / heads."""
+    attention: tuple[str, ...] = ("softmax",)
+    """Layer pattern, repeated over the depth, of names in slm.models.mixers.MIXERS, such as `window window softmax`."""
+    window: int = 256
+    """Tokens that a `window` layer sees, the query's own included."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys per head (Henry et al. 2020), which keeps attention logits bounded."""
+    attention_softcap: float | None = None
+    """Squash attention logits to (-c, c) by c*tanh(x/c) (Gemma 2); None: off."""
+    attention_implementation: Literal["auto", "xla", "blocked", "cudnn"] = "auto"
+    """Backend of softmax attention; a named one that cannot serve the request raises."""
+    position: Literal["rope", "learned", "none"] = "rope"
+    """How positions enter: rotary (Su et al. 2021), a learned table (GPT-2), or not at all."""
+    rope_theta: float = 10_000.0
+    """Base wavelength of the rotary embedding."""
+    rope_scaling: Literal["none", "linear"] = "none"
+    """Stretching of rotary positions beyond the trained length: a name in slm.models.rope.SCALINGS."""
+    rope_factor: float = 1.0
+    """Stretching factor for rope_scaling."""
+    max_length: int | None = None
+    """Longest position of a learned table; None: data.sequence_length."""
+    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    """Feed-forward kind: gated (SwiGLU, GeGLU; Shazeer 2020) or plain (GELU, squared ReLU)."""
+    mlp_width: int | None = None
+    """Hidden size of the feed-forward (F); None: 8/3 width if gated, else 4 width, rounded up to a multiple of 32."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before attention, before the feed-forward and after the last block."""
+    norm_eps: float = 1e-6
+    """Added to the variance inside a norm."""
+    bias: bool = False
+    """Biases in projections and LayerNorm, as in GPT-2."""
+    tied: bool = True
+    """Share the embedding matrix with the output projection."""
+    logit_softcap: float | None = None
+    """Squash the output logits to (-c, c); None: off."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections into the residual stream get it divided by sqrt(2 layers)."""
+    scan: bool = True
+    """Compile one block and scan over the depth; False unrolls (slower to compile, sometimes faster to run)."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """Recompute in the backward pass: nothing, all but matrix products and attention, or everything in a block."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes batches."""
+
+    source: tuple[str, ...] = ("cpython",)
+    """`cpython`, a text file or folder, FILE.jsonl, FILE.parquet, tfds:NAME/SPLIT, synthetic:TASK; several mix."""
+    weights: tuple[float, ...] = ()
+    """Share of each source in a mixture, in sequences; empty: equal shares."""
+    validation: tuple[str, ...] = ()
+    """Held-out sources; empty: split them off `source`."""
+    validation_fraction: float = 0.05
+    """Share of the documents that is held out when `validation` is empty."""
+    validation_split: Literal["document", "tail"] = "document"
+    """Hold out whole documents chosen by a hash of their text, or the last part of the one stream (single files)."""
+    text_field: str = "text"
+    """Field that holds the text in JSONL, Parquet and TFDS records."""
+    tokenizer: str = "bytes"
+    """`bytes`, `chars`, `bpe:SIZE` (trained on the training documents), or a path to a tokenizer.json."""
+    sequence_length: int = 256
+    """Tokens in one training sequence (T)."""
+    packing: Literal["documents", "stream"] = "documents"
+    """`documents`: attention and positions stop at document boundaries; `stream`: one endless text."""
+    cache: str | None = None
+    """Folder of tokenised arrays; None: $SLM_CACHE, else ~/.cache/slm."""
+    tfds_dir: str | None = None
+    """Folder of prepared TFDS data sets; None: TFDS's own default."""
+    download: bool = False
+    """Allow TFDS to download and prepare a data set that is not on disk."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and its schedule. Which parameter gets what is decided by name rules, printed at start."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon", "schedule_free_adamw"] = "adamw"
+    """muon: Muon on hidden matrices, AdamW on the rest, scaled so that one learning rate serves both."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after warm-up; wsd: constant, then linear decay over decay_fraction (Hu et al. 2024)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    final_ratio: float = 0.1
+    """Last learning rate over peak learning rate."""
+    decay_fraction: float = 0.2
+    """Share of all steps in the decay phase of wsd."""
+    b1: float = 0.9
+    """First-moment decay."""
+    b2: float = 0.95
+    """Second-moment decay."""
+    eps: float = 1e-8
+    """Added to the denominator of Adam."""
+    momentum: float = 0.95
+    """Momentum of Muon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, times the learning rate, on the parameters that the decay rule names."""
+    clip_norm: float | None = 1.0
+    """Clip the global gradient norm; None: off."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights and evaluate it; None: off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Sequences in one optimizer step, over all devices and processes."""
+    accumulation: int = 1
+    """Micro-batches that one step is split into; changes memory, not the mathematics."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute precision; master weights stay float32; float16 scales the loss and skips overflowing steps."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser of the logits (Chowdhery et al. 2022, PaLM)."""
+    loss_chunk: int = 128
+    """Time steps whose logits exist at once in the chunked cross-entropy."""
+    max_loss: float | None = None
+    """Stop as diverged above this loss; None: three times ln(vocabulary)."""
+    evaluate_every: int = 250
+    """Steps between evaluations; the last step always evaluates; 0: only the last."""
+    evaluate_sequences: int = 64
+    """Validation sequences of each evaluation during training; 0: all of them."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    overwrite: bool = False
+    """Delete an existing run of the same name instead of resuming it."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    every: int = 250
+    """Steps between checkpoints; the last step always saves; 0: only the last."""
+    keep: int = 2
+    """Most recent checkpoints to keep."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices as a named mesh. Sizes multiply to the device count; one of them may be -1 (what is left)."""
+
+    data: int = -1
+    """Copies of the model, each with its share of the batch."""
+    fsdp: int = 1
+    """Shares of the parameters and the optimizer state, gathered when used (ZeRO-3)."""
+    tensor: int = 1
+    """Shares of heads and feed-forward columns (Megatron)."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0 to join several processes by hand, or `auto` (SLURM, TPU pods, GKE)."""
+    processes: int | None = None
+    """Number of processes, with coordinator=HOST:PORT."""
+    process_id: int | None = None
+    """This process's number, from 0, with coordinator=HOST:PORT."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where progress is written, besides metrics.jsonl."""
+
+    console: bool = True
+    """Tables and a live progress line on the terminal."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder (needs tensorboardX, in the `track` extra)."""
+    wandb: str | None = None
+    """Weights & Biases project to log to (needs wandb, in the `track` extra)."""
+    profile: tuple[int, ...] = ()
+    """FIRST LAST step of a jax.profiler trace, written into the run folder."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that defines a run."""
+
+    name: str = "experiment"
+    """Name of the run folder inside `dir`."""
+    dir: str = "runs"
+    """Folder of run folders."""
+    seed: int = 0
+    """Seeds initialisation and the order of the data."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.dir) / self.name
