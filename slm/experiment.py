@@ -106,9 +106,10 @@ class OptimConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape after warm-up; wsd: constant, then linear decay over decay_fraction (Hu et al. 2024)."""
+    """Shape after warm-up; wsd: constant, then linear decay over decay_fraction (Hu et al. 2024).
+    schedule_free_adamw needs constant."""
     warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; shortened, with a warning, where it does not fit into train.steps."""
     final_ratio: float = 0.1
     """Last learning rate over peak learning rate."""
     decay_fraction: float = 0.2
@@ -116,7 +117,7 @@ class OptimConfig:
     b1: float = 0.9
     """First-moment decay."""
     b2: float = 0.95
-    """Second-moment decay."""
+    """Second-moment decay; for adafactor, its cap."""
     eps: float = 1e-8
     """Added to the denominator of Adam."""
     momentum: float = 0.95
