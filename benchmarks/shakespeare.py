@@ -25,7 +25,7 @@ NANOGPT = {
     "model.mlp": "gelu",
     "model.mlp_width": 512,
     "model.position": "learned",
-    "model.qk_norm": False,
+    "model.mixer.qk_norm": "none",
     "optim.name": "adamw",
     "optim.learning_rate": 1e-3,
     "optim.schedule": "cosine",

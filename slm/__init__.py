@@ -14,6 +14,7 @@ import importlib
 _HOME = {
     "Experiment": "slm.config",
     "ModelConfig": "slm.config",
+    "MixerConfig": "slm.config",
     "DataConfig": "slm.config",
     "OptimConfig": "slm.config",
     "TrainConfig": "slm.config",

@@ -17,6 +17,7 @@ from slm.experiment import (
     Experiment,
     LogConfig,
     MeshConfig,
+    MixerConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "Experiment",
     "LogConfig",
     "MeshConfig",
+    "MixerConfig",
     "ModelConfig",
     "OptimConfig",
     "TrainConfig",
@@ -220,10 +222,10 @@ def check(cfg: Experiment) -> Experiment:
         "it could not be told apart",
     )
     demand(
-        m.attention_implementation != "cudnn"
-        or (d.packing == "stream" and t.precision != "float32" and m.attention_softcap is None),
-        "model.attention_implementation = cudnn serves half precision without documents or soft cap: set "
-        "data.packing = stream, train.precision = bfloat16, model.attention_softcap = None; or use auto",
+        m.mixer.implementation != "cudnn"
+        or (d.packing == "stream" and t.precision != "float32" and not m.mixer.softcap),
+        "model.mixer.implementation = cudnn serves half precision without documents or soft cap: set "
+        "data.packing = stream, train.precision = bfloat16, model.mixer.softcap = 0; or use auto",
     )
     demand(0 <= d.validation_fraction < 1, f"data.validation_fraction = {d.validation_fraction}: must be in [0, 1)")
     demand(
@@ -255,7 +257,14 @@ def _range(low: float, high: float) -> str:
 _INF = float("inf")
 _RANGES = {
     "seed": (0, 2**32 - 1), "model.vocab_size": (0, _INF), "model.layers": (1, _INF), "model.width": (1, _INF),
-    "model.heads": (1, _INF), "model.kv_heads": (1, _INF), "model.head_dim": (1, _INF), "model.window": (1, _INF),
+    "model.heads": (1, _INF), "model.kv_heads": (1, _INF), "model.head_dim": (1, _INF),
+    "model.mixer.window": (1, _INF), "model.mixer.rope_fraction": (0, 1), "model.mixer.sinks": (0, _INF),
+    "model.mixer.softcap": (0, _INF), "model.mixer.gate_rank": (0, _INF), "model.mixer.conv": (0, 64),
+    "model.mixer.groups": (1, _INF), "model.mixer.feature_dim": (1, _INF), "model.mixer.feature_seed": (0, 2**32 - 1),
+    "model.mixer.householders": (1, _INF), "model.mixer.rank": (1, _INF), "model.mixer.block_size": (1, _INF),
+    "model.mixer.top_k": (1, _INF), "model.mixer.index_heads": (1, _INF), "model.mixer.index_dim": (1, _INF),
+    "model.mixer.latent_dim": (1, _INF), "model.mixer.query_latent_dim": (0, _INF), "model.mixer.rope_dim": (2, _INF),
+    "model.mixer.chunk": (1, _INF),
     "model.mlp_width": (1, _INF), "model.max_length": (1, _INF), "data.sequence_length": (1, _INF),
     "optim.learning_rate": (0, _INF), "optim.warmup_steps": (0, _INF), "optim.weight_decay": (0, _INF),
     "optim.b1": (0, 1 - 1e-9), "optim.b2": (0, 1 - 1e-9), "optim.momentum": (0, 1 - 1e-9), "train.steps": (1, _INF),
@@ -264,6 +273,6 @@ _RANGES = {
     "train.log_every": (1, _INF), "checkpoint.every": (0, _INF), "checkpoint.keep": (1, _INF),
 }  # fmt: skip
 _POSITIVE = (
-    "model.attention_softcap", "model.logit_softcap", "model.rope_theta", "model.rope_factor", "model.norm_eps",
-    "model.init_std", "optim.eps", "train.max_loss",
+    "model.mixer.expand_k", "model.mixer.expand_v", "model.logit_softcap", "model.rope_theta", "model.rope_factor",
+    "model.norm_eps", "model.init_std", "optim.eps", "train.max_loss",
 )  # fmt: skip

@@ -10,6 +10,77 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
+class MixerConfig:
+    """Switches of the token mixers, for all layers that have them. None: what the mechanism's paper has, as its row in
+    slm.models.mixers says; a switch that no layer of the model has is an error."""
+
+    qk_norm: Literal["none", "rms", "l2"] | None = None
+    """Norm of queries and keys per head: RMS with a learned scale (Henry et al. 2020), or unit length."""
+    rope_fraction: float | None = None
+    """Share of each head that rotates where model.position = rope; 0: this mechanism knows no positions (NoPE)."""
+    window: int | None = None
+    """Tokens that a windowed layer sees, the query's own included."""
+    sinks: int | None = None
+    """First tokens that stay visible beyond the window (StreamingLLM)."""
+    sink_logits: bool | None = None
+    """A learned logit per head that joins the softmax's denominator (gpt-oss)."""
+    softcap: float | None = None
+    """Squash attention logits to (-c, c) by c*tanh(x/c) (Gemma 2); 0: off."""
+    gate: Literal["none", "sigmoid", "silu"] | None = None
+    """Output gate: the heads' outputs times an activation of a projection of the layer's input."""
+    gate_rank: int | None = None
+    """Rank of the output gate's projection; 0: full."""
+    gate_first: bool | None = None
+    """Gate before the output norm (Mamba-2) instead of after it."""
+    output_norm: Literal["none", "head", "full"] | None = None
+    """RMS norm of the heads' outputs: each head by itself, or all together."""
+    conv: int | None = None
+    """Width of the short causal convolution on queries, keys and values; 0: none."""
+    learned_state: bool | None = None
+    """Documents begin with a learned recurrent state instead of zeros."""
+    expand_k: float | None = None
+    """Size of a query/key head (K) over model.head_dim."""
+    expand_v: float | None = None
+    """Size of a value head (V) over model.head_dim."""
+    groups: int | None = None
+    """Heads of queries and keys that all value heads share out (Mamba-2's B and C, grouped value attention)."""
+    feature_map: str | None = None
+    """Map of queries and keys of linear attention: a name in slm.attention.features."""
+    feature_dim: int | None = None
+    """Features of a random, projected or learned map (M)."""
+    feature_seed: int | None = None
+    """Seed of a random map: another one redraws it."""
+    normalize: bool | None = None
+    """Divide linear attention by the sum of its weights."""
+    negative_eigenvalues: bool | None = None
+    """Let beta reach 2, so that the delta rule can flip signs (Grazzi et al. 2025)."""
+    householders: int | None = None
+    """Delta-rule steps per token (DeltaProduct)."""
+    rank: int | None = None
+    """Inner size of low-rank projections of decays and similar gates."""
+    pattern: str | None = None
+    """Mask of a `sparse` layer, joined with causality: an expression such as `window(128) | global_tokens(4)`."""
+    block_size: int | None = None
+    """Keys in one block that content selects (NSA, MoBA)."""
+    top_k: int | None = None
+    """Blocks (NSA, MoBA) or tokens (DSA) that content selects for a query."""
+    index_heads: int | None = None
+    """Heads of the indexer that selects tokens (DSA)."""
+    index_dim: int | None = None
+    """Size of a head of that indexer."""
+    latent_dim: int | None = None
+    """Size of the compressed keys and values that MLA caches."""
+    query_latent_dim: int | None = None
+    """Size of MLA's compressed queries; 0: not compressed."""
+    rope_dim: int | None = None
+    """Size of the rotated part that MLA's heads share."""
+    chunk: int | None = None
+    """Tokens that a chunked recurrence takes at once; changes speed, not the mathematics."""
+    implementation: Literal["auto", "xla", "blocked", "cudnn", "pallas"] | None = None
+    """Backend of the mechanism; a named one that cannot serve the request raises."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer."""
 
@@ -26,15 +97,9 @@ class ModelConfig:
     head_dim: int | None = None
     """Size of one head (K); None: width / heads."""
     attention: tuple[str, ...] = ("softmax",)
-    """Layer pattern, repeated over the depth, of names in slm.models.mixers.MIXERS, such as `window window softmax`."""
-    window: int = 256
-    """Tokens that a `window` layer sees, the query's own included."""
-    qk_norm: bool = True
-    """RMS-normalise queries and keys per head (Henry et al. 2020), which keeps attention logits bounded."""
-    attention_softcap: float | None = None
-    """Squash attention logits to (-c, c) by c*tanh(x/c) (Gemma 2); None: off."""
-    attention_implementation: Literal["auto", "xla", "blocked", "cudnn"] = "auto"
-    """Backend of softmax attention; a named one that cannot serve the request raises."""
+    """Layer pattern, repeated over the depth, of names in slm.models.mixers: mechanisms (MIXERS), such as
+    `window window softmax`, or patterns that production uses (HYBRIDS), such as `qwen3_next`."""
+    mixer: MixerConfig = field(default_factory=MixerConfig)
     position: Literal["rope", "learned", "none"] = "rope"
     """How positions enter: rotary (Su et al. 2021), a learned table (GPT-2), or not at all."""
     rope_theta: float = 10_000.0
@@ -45,8 +110,8 @@ class ModelConfig:
     """Stretching factor for rope_scaling."""
     max_length: int | None = None
     """Longest position of a learned table; None: data.sequence_length."""
-    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
-    """Feed-forward kind: gated (SwiGLU, GeGLU; Shazeer 2020) or plain (GELU, squared ReLU)."""
+    mlp: Literal["swiglu", "geglu", "gelu", "relu2", "none"] = "swiglu"
+    """Feed-forward kind: gated (SwiGLU, GeGLU; Shazeer 2020), plain (GELU, squared ReLU), or no feed-forward."""
     mlp_width: int | None = None
     """Hidden size of the feed-forward (F); None: 8/3 width if gated, else 4 width, rounded up to a multiple of 32."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"

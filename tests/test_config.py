@@ -61,7 +61,7 @@ def test_override_refuses(changes, message):
         ({"optim.ema_decay": 2.0}, "optim.ema_decay"),
         ({"optim.ema_decay": 0.9, "optim.name": "schedule_free_adamw"}, "averages weights itself"),
         ({"model.position": "learned", "model.max_length": 8}, "model.max_length"),
-        ({"model.attention_implementation": "cudnn"}, "cudnn"),
+        ({"model.mixer.implementation": "cudnn"}, "cudnn"),
         ({"mesh.data": -1, "mesh.fsdp": -1}, "at most one"),
         ({"log.profile": (9, 3)}, "log.profile"),
         ({"seed": 2**40}, "seed"),

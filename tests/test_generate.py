@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.config import Experiment, ModelConfig
+from slm.config import Experiment, MixerConfig, ModelConfig
 from slm.data.tokenizers import build_tokenizer
 from slm.errors import ConfigError
 from slm.evaluation import generate as generation
@@ -15,7 +15,14 @@ from slm.models.language_model import LanguageModel
 from slm.models.transformer import Transformer
 
 TINY = ModelConfig(
-    vocab_size=320, layers=2, width=16, heads=4, kv_heads=2, attention=("window", "softmax"), window=5, init_std=0.5
+    vocab_size=320,
+    layers=2,
+    width=16,
+    heads=4,
+    kv_heads=2,
+    attention=("window", "softmax"),
+    mixer=MixerConfig(window=5),
+    init_std=0.5,
 )
 GREEDY = make_sampling(temperature=0)
 
@@ -65,7 +72,14 @@ def greedy_by_forward(transformer, params, prompts, count):
     "changes",
     [
         {},
-        {"layers": 1, "attention": ("softmax",), "kv_heads": None, "scan": False, "tied": False},
+        {
+            "layers": 1,
+            "attention": ("softmax",),
+            "mixer": MixerConfig(),
+            "kv_heads": None,
+            "scan": False,
+            "tied": False,
+        },
         {"layers": 3, "attention": ("window",) * 2, "position": "learned", "max_length": 32, "norm": "layernorm"},
     ],
     ids=["mixed", "softmax", "window"],

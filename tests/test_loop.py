@@ -77,7 +77,7 @@ def test_without_held_out_text_it_trains_and_says_nothing_of_validation(tmp_path
 
 def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
     changes = {"optim.learning_rate": 1e6, "optim.clip_norm": None, "checkpoint.every": 1, "train.log_every": 1}
-    cfg = tiny(tmp_path, changes | {"optim.warmup_steps": 0, "train.steps": 50, "model.qk_norm": False})
+    cfg = tiny(tmp_path, changes | {"optim.warmup_steps": 0, "train.steps": 50, "model.mixer.qk_norm": "none"})
     with pytest.raises(DivergenceError, match=r"step \d+: .* The last good checkpoint, step \d+, .*learning_rate"):
         train(cfg)
     kept = latest_step(cfg.run_dir)

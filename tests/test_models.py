@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.config import ModelConfig
+from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
 from slm.models.counts import abstract_parameters, cache_bytes, flops_per_token, parameter_counts
 from slm.models.rope import apply_rope, rope_tables
@@ -17,12 +17,19 @@ BASE = ModelConfig(vocab_size=61, width=32, layers=2, heads=4)
 VARIANTS = {
     "plain": BASE,
     "pattern with a tail": dataclasses.replace(
-        BASE, layers=5, kv_heads=2, attention=("window", "softmax", "window"), window=5
+        BASE, layers=5, kv_heads=2, attention=("window", "softmax", "window"), mixer=MixerConfig(window=5)
     ),
     "gpt2": dataclasses.replace(
-        BASE, position="learned", max_length=24, norm="layernorm", bias=True, mlp="gelu", tied=False, qk_norm=False
+        BASE,
+        position="learned",
+        max_length=24,
+        norm="layernorm",
+        bias=True,
+        mlp="gelu",
+        tied=False,
+        mixer=MixerConfig(qk_norm="none"),
     ),
-    "capped": dataclasses.replace(BASE, attention_softcap=5.0, logit_softcap=5.0, mlp="geglu", head_dim=16),
+    "capped": dataclasses.replace(BASE, mixer=MixerConfig(softcap=5.0), logit_softcap=5.0, mlp="geglu", head_dim=16),
 }
 
 
@@ -41,7 +48,7 @@ def closed_form(m: ModelConfig) -> int:
     F = m.mlp_width or -(-(8 * m.width // 3 if "glu" in m.mlp else 4 * m.width) // 32) * 32
     b, norms = int(m.bias), 1 + int(m.bias and m.norm == "layernorm")
     attention = 2 * m.width * m.heads * K + 2 * m.width * G * K + b * (m.heads * K + 2 * G * K + m.width)
-    attention += 2 * K if m.qk_norm else 0
+    attention += 2 * K if m.mixer.qk_norm != "none" else 0
     mlp = (3 if "glu" in m.mlp else 2) * m.width * F + b * ((2 if "glu" in m.mlp else 1) * F + m.width)
     total = m.vocab_size * m.width * (1 if m.tied else 2) + m.layers * (attention + mlp + 2 * norms * m.width)
     return total + norms * m.width + (m.max_length * m.width if m.position == "learned" else 0)

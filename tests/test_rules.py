@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from slm.config import ModelConfig
+from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
 from slm.models.transformer import Transformer
 from slm.training import rules
@@ -26,7 +26,8 @@ def by_path(rule_set, params):
 def test_every_parameter_of_every_kind_of_model_has_exactly_one_rule_in_each_set():
     for bias, tied, qk_norm, position in itertools.product([0, 1], [0, 1], [0, 1], ["rope", "learned"]):
         params = abstract(
-            bias=bool(bias), tied=bool(tied), qk_norm=bool(qk_norm), position=position, max_length=4,
+            bias=bool(bias), tied=bool(tied), position=position, max_length=4,
+            mixer=MixerConfig(qk_norm="rms" if qk_norm else "none"),
             norm="layernorm" if bias else "rmsnorm", mlp="gelu" if bias else "swiglu", attention=("softmax", "window"),
         )  # fmt: skip
         for rule_set in BUILT_IN.values():

@@ -17,7 +17,7 @@ job = json.loads(sys.argv[1])
 B, T = job["batch"], job["length"]
 cfg = slm.Experiment(
     model=slm.ModelConfig(vocab_size=job["vocab"], layers=job["layers"], width=job["width"], heads=job["heads"],
-                          mlp_width=job["mlp_width"], qk_norm=False, **job.get("model", {})),
+                          mlp_width=job["mlp_width"], mixer=slm.MixerConfig(qk_norm="none"), **job.get("model", {})),
     data=slm.DataConfig(sequence_length=T, packing="stream"),
     optim=slm.OptimConfig(learning_rate=1e-3),
     train=slm.TrainConfig(batch_size=B, precision=job["precision"]),

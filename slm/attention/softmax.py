@@ -73,20 +73,22 @@ def choose_implementation(shape, dtype, *, causal=True, window=None, extras=Fals
     return "blocked" if T > BLOCK else "xla"
 
 
-def cached_attention(q, k, v, query_positions, key_positions, *, window=None, softcap=None, scale=None):
+def cached_attention(
+    q, k, v, query_positions, key_positions, *, window=None, sinks=0, sink_logits=None, softcap=None, scale=None
+):
     """Causal attention of new queries over cached keys in any order, as a decode step needs it.
 
     Args:
       q: (B, T, H, K). k: (B, S, G, K). v: (B, S, G, V).
       query_positions: (B, T) integers. key_positions: (B, S) integers, -1 where the slot is empty.
-      window, softcap, scale: as in `softmax_attention`.
+      window, sinks, sink_logits, softcap, scale: as in `softmax_attention`.
 
     Returns:
       (B, T, H, V); a query that sees no key (padding) gets an average of everything, never NaN.
     """
     i, j = query_positions[:, :, None], key_positions[:, None, :]
-    keep = visible(i, j, True, window, 0) & (j >= 0)
-    return _attend(q, k, v, keep, q.shape[-1] ** -0.5 if scale is None else scale, softcap, None)
+    keep = visible(i, j, True, window, sinks) & (j >= 0)
+    return _attend(q, k, v, keep, q.shape[-1] ** -0.5 if scale is None else scale, softcap, sink_logits)
 
 
 def _check(q, k, v, window, segment_ids):

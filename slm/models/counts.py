@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm.attention import state_bytes
 from slm.config import ModelConfig
-from slm.models.mixers import MIXERS
+from slm.models.mixers import MIXERS, configured
 from slm.models.transformer import Transformer
 
 
@@ -41,7 +42,7 @@ def flops_per_token(cfg: ModelConfig, length: int) -> dict[str, float]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params.get(group, {})):
             matrices += leaf.size if path[-1].key == "kernel" else 0
     mixing = sum(
-        repeats * MIXERS[name].flops_per_token(cfg, length)
+        repeats * MIXERS[name].mixer.flops_per_token(configured(MIXERS[name], cfg), length)
         for pattern, repeats in Transformer(cfg).groups.values()
         for name in pattern
     )
@@ -52,4 +53,4 @@ def flops_per_token(cfg: ModelConfig, length: int) -> dict[str, float]:
 def cache_bytes(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.bfloat16) -> int:
     """Bytes that decoding `batch` sequences of at most `length` tokens carries between tokens, in the stored dtypes."""
     cache = jax.eval_shape(lambda: Transformer(cfg).init_cache(batch, length, dtype))
-    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache))
+    return state_bytes(cache)

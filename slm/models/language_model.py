@@ -1,13 +1,12 @@
 """A trained model as one value: parameters, the experiment that made them, and the tokenizer."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 
 from slm.config import Experiment
-from slm.models.transformer import Transformer
+from slm.models.transformer import Transformer, any_backend
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class LanguageModel:
     @property
     def transformer(self) -> Transformer:
         # In float32, which not every backend that trained in half precision can serve.
-        return Transformer(dataclasses.replace(self.config.model, attention_implementation="auto"), jnp.float32)
+        return Transformer(any_backend(self.config.model), jnp.float32)
 
     def __repr__(self) -> str:
         from slm.models.counts import parameter_counts

@@ -6,7 +6,6 @@ fill a whole period stand in `tail/i`, stacked with length 1. Scanning, unrollin
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from slm.config import ModelConfig
 from slm.errors import ConfigError
 from slm.models.blocks import Block
 from slm.models.layers import lookup, norm
-from slm.models.mixers import MIXERS, Context, head_dim
+from slm.models.mixers import MIXERS, Context, check_mechanisms, configured, layer_pattern
 from slm.models.rope import rope_tables
 
 _policies = jax.checkpoint_policies
@@ -31,15 +30,6 @@ REMAT = {
     "full": _policies.nothing_saveable,
 }
 """Name in `model.remat` to what the forward pass keeps for the backward pass."""
-
-
-def check_mechanisms(cfg: ModelConfig) -> None:
-    """Raises ConfigError, naming the nearest, where `cfg.attention` names no mixer."""
-    for name in cfg.attention:
-        if name not in MIXERS:
-            near = difflib.get_close_matches(name, MIXERS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(MIXERS)}"
-            raise ConfigError(f"model.attention: no mechanism {name!r}: {hint}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,7 @@ class Transformer:
     @property
     def groups(self) -> dict[str, tuple[tuple[str, ...], int]]:
         """Group name to (pattern of mixer names, repeats), in order of depth."""
-        pattern = self.cfg.attention[: self.cfg.layers]
+        pattern = layer_pattern(self.cfg)[: self.cfg.layers]
         repeats, rest = divmod(self.cfg.layers, len(pattern))
         groups = {"blocks": (pattern, repeats)}
         return groups | ({"tail": (pattern[:rest], 1)} if rest else {})
@@ -74,10 +64,10 @@ class Transformer:
     def init(self, key: jax.Array) -> dict:
         """Random float32 parameters from one key."""
         # Backends do not change parameters, and some cannot run the float32 that parameters are made in.
-        cfg = dataclasses.replace(self.cfg, attention_implementation="auto")
+        cfg = any_backend(self.cfg)
         x_BxTxD = jnp.zeros((1, 1, cfg.width))
         context = self._context(jnp.zeros((1, 1), jnp.int32), None)
-        keys = iter(jax.random.split(key, cfg.layers + 3))
+        keys, depth = iter(jax.random.split(key, cfg.layers + 3)), 0
         normal = nn.initializers.normal(cfg.init_std)
         params = {"embed": {"embedding": normal(next(keys), (cfg.vocab_size, cfg.width))}}
         if cfg.position == "learned":
@@ -86,8 +76,13 @@ class Transformer:
             params[group] = {}
             for i, mixer in enumerate(pattern):
                 block = Block(cfg, mixer, jnp.float32)
-                block_keys = jax.random.split(next(keys), repeats)
-                params[group][str(i)] = jax.vmap(lambda k, b=block: b.init(k, x_BxTxD, context)["params"])(block_keys)
+                layers = depth + i + len(pattern) * jnp.arange(repeats)
+
+                def one(key, layer, block=block):
+                    return block.init(key, x_BxTxD, context.replace(layer=layer))["params"]
+
+                params[group][str(i)] = jax.vmap(one)(jax.random.split(next(keys), repeats), layers)
+            depth += len(pattern) * repeats
         params["final_norm"] = self._norm().init(key, x_BxTxD)["params"]
         if not cfg.tied:
             params["head"] = {"kernel": normal(next(keys), (cfg.width, cfg.vocab_size))}
@@ -113,32 +108,35 @@ class Transformer:
         x = lookup(params["embed"]["embedding"].astype(self.dtype), tokens)
         if cfg.position == "learned":
             x += lookup(params["embed"]["position"].astype(self.dtype), positions)
-        new_cache = {}
-        for group, (pattern, _) in self.groups.items():
+        new_cache, depth = {}, 0
+        for group, (pattern, repeats) in self.groups.items():
             group_cache = None if cache is None else cache[group]
-            x, new_cache[group] = self._run(pattern, params[group], x, context, group_cache)
+            layers = depth + len(pattern) * jnp.arange(repeats)
+            x, new_cache[group] = self._run(pattern, params[group], x, context, layers, group_cache)
+            depth += len(pattern) * repeats
         x = self._norm().apply({"params": params["final_norm"]}, self.constrain(x))
         return x, None if cache is None else new_cache
 
-    def _run(self, pattern, params, x, context, cache):
+    def _run(self, pattern, params, x, context, layers, cache):
         """Layers of one group, by scan or by a loop over slices of the same stacked trees."""
 
         def period(x, layer):
-            layer_params, layer_cache = layer
+            layer_params, first, layer_cache = layer
             new_cache = {}
             for i, mixer in enumerate(pattern):
                 block = Block(self.cfg, mixer, self.dtype)
                 old = None if layer_cache is None else layer_cache[str(i)]
-                x, new_cache[str(i)] = block.apply({"params": layer_params[str(i)]}, self.constrain(x), context, old)
+                here = context.replace(layer=first + i)
+                x, new_cache[str(i)] = block.apply({"params": layer_params[str(i)]}, self.constrain(x), here, old)
             return x, None if layer_cache is None else new_cache
 
         if self.cfg.remat != "none" and cache is None:
             # CSE cannot undo the recomputation across iterations of a scan, so its guard is only needed unrolled.
             period = jax.checkpoint(period, policy=REMAT[self.cfg.remat], prevent_cse=not self.cfg.scan)
         if self.cfg.scan:
-            return jax.lax.scan(period, x, (params, cache))
+            return jax.lax.scan(period, x, (params, layers, cache))
         news = []
-        for layer in _unstack((params, cache)):
+        for layer in _unstack((params, layers, cache)):
             x, new = period(x, layer)
             news.append(new)
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *news)
@@ -164,8 +162,8 @@ class Transformer:
         cache = {}
         for group, (pattern, repeats) in self.groups.items():
             one = {
-                str(i): MIXERS[mixer].init_cache(self.cfg, batch, length, dtype or self.dtype)
-                for i, mixer in enumerate(pattern)
+                str(i): row.mixer.init_cache(configured(row, self.cfg), batch, length, dtype or self.dtype)
+                for i, row in enumerate(MIXERS[name] for name in pattern)
             }
             cache[group] = jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), one)
         return cache
@@ -174,11 +172,20 @@ class Transformer:
         return norm("final_norm", self.cfg, self.dtype)
 
     def _context(self, positions, segment_ids) -> Context:
-        cfg = self.cfg
-        rope = None
+        cfg, sizes = self.cfg, set()
         if cfg.position == "rope":
-            rope = rope_tables(positions, head_dim(cfg), cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor)
+            rows = [MIXERS[name] for name in layer_pattern(cfg)]
+            sizes = {row.mixer.rotary_size(configured(row, cfg)) for row in rows} - {0}
+        rope = {
+            size: rope_tables(positions, size, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor)
+            for size in sorted(sizes)
+        }
         return Context(positions, segment_ids, rope)
+
+
+def any_backend(cfg: ModelConfig) -> ModelConfig:
+    """`cfg` with every mechanism's backend chosen anew, for a dtype or a machine that it was not written for."""
+    return dataclasses.replace(cfg, mixer=dataclasses.replace(cfg.mixer, implementation=None))
 
 
 def _unstack(tree):

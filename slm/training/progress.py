@@ -12,7 +12,7 @@ from rich.table import Table
 
 from slm.config import Experiment
 from slm.models.counts import cache_bytes
-from slm.models.mixers import MIXERS
+from slm.models.mixers import MIXERS, configured, layer_pattern
 from slm.training.plan import Plan
 
 
@@ -145,8 +145,8 @@ def _backends(cfg: Experiment, plan: Plan) -> list[str]:
     platform, dtype = plan.program.mesh.devices.flat[0].platform, plan.program.transformer.dtype
     length, segments = cfg.data.sequence_length, cfg.data.packing == "documents"
     return [
-        f"{name} by {MIXERS[name].backend(cfg.model, length, dtype, platform, segments)}"
-        for name in dict.fromkeys(cfg.model.attention)
+        f"{name} by {row.mixer.backend(configured(row, cfg.model), length, dtype, platform, segments)}"
+        for name, row in ((name, MIXERS[name]) for name in dict.fromkeys(layer_pattern(cfg.model)))
     ]
 
 

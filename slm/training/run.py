@@ -23,7 +23,7 @@ CONFIG, METRICS, CHECKPOINTS, TOKENIZER = "config.json", "metrics.jsonl", "check
 FREE = (
     "name", "dir", "log.", "checkpoint.", "mesh.",
     "data.cache", "data.tfds_dir", "data.download",
-    "model.scan", "model.remat", "model.attention_implementation",
+    "model.scan", "model.remat", "model.mixer.implementation", "model.mixer.chunk",
     "train.steps", "train.accumulation", "train.loss_chunk", "train.max_loss", "train.log_every",
     "train.evaluate_every", "train.evaluate_sequences", "train.overwrite",
 )  # fmt: skip
