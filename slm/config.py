@@ -39,6 +39,7 @@ __all__ = [
     "flatten",
     "from_json",
     "load_config",
+    "longest_sequence",
     "override",
     "to_json",
     "unknown_field",
@@ -217,9 +218,10 @@ def check(cfg: Experiment) -> Experiment:
     )
     demand(all(w > 0 for w in d.weights), f"data.weights = {d.weights}: each must be above 0")
     demand(
-        m.max_length is None or m.position != "learned" or m.max_length >= d.sequence_length,
-        f"model.max_length = {m.max_length} is less than data.sequence_length = {d.sequence_length}: positions beyond "
-        "it could not be told apart",
+        m.max_length is None or m.position != "learned" or m.max_length >= longest_sequence(d),
+        f"model.max_length = {m.max_length} is less than data.sequence_length = {d.sequence_length}"
+        + (f" or data.validation_length = {d.validation_length}" if d.validation_length else "")
+        + ": positions beyond it could not be told apart",
     )
     demand(
         m.mixer.implementation != "cudnn"
@@ -250,6 +252,11 @@ def check(cfg: Experiment) -> Experiment:
     return cfg
 
 
+def longest_sequence(data: DataConfig) -> int:
+    """Tokens in the longest sequence that the model sees, in training or in validation."""
+    return max(data.sequence_length, data.validation_length or 0)
+
+
 def _range(low: float, high: float) -> str:
     return f"at least {low}" if high == _INF else f"between {low} and {high}"
 
@@ -259,13 +266,14 @@ _RANGES = {
     "seed": (0, 2**32 - 1), "model.vocab_size": (0, _INF), "model.layers": (1, _INF), "model.width": (1, _INF),
     "model.heads": (1, _INF), "model.kv_heads": (1, _INF), "model.head_dim": (1, _INF),
     "model.mixer.window": (1, _INF), "model.mixer.rope_fraction": (0, 1), "model.mixer.sinks": (0, _INF),
-    "model.mixer.softcap": (0, _INF), "model.mixer.gate_rank": (0, _INF), "model.mixer.conv": (0, 64),
-    "model.mixer.groups": (1, _INF), "model.mixer.feature_dim": (1, _INF), "model.mixer.feature_seed": (0, 2**32 - 1),
-    "model.mixer.householders": (1, _INF), "model.mixer.rank": (1, _INF), "model.mixer.block_size": (1, _INF),
+    "model.mixer.softcap": (0, _INF), "model.mixer.gate_rank": (-1, _INF), "model.mixer.conv": (0, 64),
+    "model.mixer.groups": (0, _INF), "model.mixer.feature_dim": (1, _INF), "model.mixer.feature_seed": (0, 2**32 - 1),
+    "model.mixer.householders": (1, _INF), "model.mixer.rank": (0, _INF), "model.mixer.block_size": (1, _INF),
     "model.mixer.top_k": (1, _INF), "model.mixer.index_heads": (1, _INF), "model.mixer.index_dim": (1, _INF),
-    "model.mixer.latent_dim": (1, _INF), "model.mixer.query_latent_dim": (0, _INF), "model.mixer.rope_dim": (2, _INF),
-    "model.mixer.chunk": (1, _INF),
+    "model.mixer.latent_dim": (0, _INF), "model.mixer.query_latent_dim": (0, _INF), "model.mixer.rope_dim": (0, _INF),
+    "model.mixer.chunk": (1, _INF), "model.mixer.horizon": (1, _INF),
     "model.mlp_width": (1, _INF), "model.max_length": (1, _INF), "data.sequence_length": (1, _INF),
+    "data.validation_length": (1, _INF),
     "optim.learning_rate": (0, _INF), "optim.warmup_steps": (0, _INF), "optim.weight_decay": (0, _INF),
     "optim.b1": (0, 1 - 1e-9), "optim.b2": (0, 1 - 1e-9), "optim.momentum": (0, 1 - 1e-9), "train.steps": (1, _INF),
     "train.batch_size": (1, _INF), "train.accumulation": (1, _INF), "train.loss_chunk": (1, _INF),

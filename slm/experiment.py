@@ -17,7 +17,8 @@ class MixerConfig:
     qk_norm: Literal["none", "rms", "l2"] | None = None
     """Norm of queries and keys per head: RMS with a learned scale (Henry et al. 2020), or unit length."""
     rope_fraction: float | None = None
-    """Share of each head that rotates where model.position = rope; 0: this mechanism knows no positions (NoPE)."""
+    """Share of each head (in MLA of its rope_dim) that rotates where model.position = rope; 0: this mechanism knows no
+    positions (NoPE)."""
     window: int | None = None
     """Tokens that a windowed layer sees, the query's own included."""
     sinks: int | None = None
@@ -26,14 +27,14 @@ class MixerConfig:
     """A learned logit per head that joins the softmax's denominator (gpt-oss)."""
     softcap: float | None = None
     """Squash attention logits to (-c, c) by c*tanh(x/c) (Gemma 2); 0: off."""
-    gate: Literal["none", "sigmoid", "silu"] | None = None
+    gate: Literal["none", "sigmoid", "silu", "gelu"] | None = None
     """Output gate: the heads' outputs times an activation of a projection of the layer's input."""
     gate_rank: int | None = None
-    """Rank of the output gate's projection; 0: full."""
+    """Rank of the output gate's projection; 0: full; -1: the size of a value head (Kimi Delta Attention)."""
     gate_first: bool | None = None
     """Gate before the output norm (Mamba-2) instead of after it."""
     output_norm: Literal["none", "head", "full"] | None = None
-    """RMS norm of the heads' outputs: each head by itself, or all together."""
+    """RMS norm of the heads' outputs: each head by itself, or all together (of a group, where there are groups)."""
     conv: int | None = None
     """Width of the short causal convolution on queries, keys and values; 0: none."""
     learned_state: bool | None = None
@@ -43,7 +44,8 @@ class MixerConfig:
     expand_v: float | None = None
     """Size of a value head (V) over model.head_dim."""
     groups: int | None = None
-    """Heads of queries and keys that all value heads share out (Mamba-2's B and C, grouped value attention)."""
+    """Heads of queries and keys that all value heads share out (Mamba-2's B and C, grouped value attention); 0: one
+    for each value head."""
     feature_map: str | None = None
     """Map of queries and keys of linear attention: a name in slm.attention.features."""
     feature_dim: int | None = None
@@ -52,28 +54,36 @@ class MixerConfig:
     """Seed of a random map: another one redraws it."""
     normalize: bool | None = None
     """Divide linear attention by the sum of its weights."""
+    horizon: int | None = None
+    """Longest sequence that the model will see, in tokens: there cosFormer's weights reach zero, and log-linear
+    attention has no coarser level."""
     negative_eigenvalues: bool | None = None
     """Let beta reach 2, so that the delta rule can flip signs (Grazzi et al. 2025)."""
     householders: int | None = None
     """Delta-rule steps per token (DeltaProduct)."""
     rank: int | None = None
-    """Inner size of low-rank projections of decays and similar gates."""
+    """Inner size of low-rank projections of decays and similar gates; 0: what the paper derives from the model's
+    sizes."""
     pattern: str | None = None
     """Mask of a `sparse` layer, joined with causality: an expression such as `window(128) | global_tokens(4)`."""
     block_size: int | None = None
     """Keys in one block that content selects (NSA, MoBA)."""
     top_k: int | None = None
     """Blocks (NSA, MoBA) or tokens (DSA) that content selects for a query."""
+    compression: Literal["mean", "mlp"] | None = None
+    """How a block becomes one key and one value (NSA): means, or learned maps that know places in the block."""
+    branch_keys: bool | None = None
+    """Keys and values for each branch (NSA's paper) instead of one set for all three."""
     index_heads: int | None = None
     """Heads of the indexer that selects tokens (DSA)."""
     index_dim: int | None = None
     """Size of a head of that indexer."""
     latent_dim: int | None = None
-    """Size of the compressed keys and values that MLA caches."""
+    """Size of the compressed keys and values that MLA caches; 0: four heads."""
     query_latent_dim: int | None = None
     """Size of MLA's compressed queries; 0: not compressed."""
     rope_dim: int | None = None
-    """Size of the rotated part that MLA's heads share."""
+    """Size of the rotated part that MLA adds to each head, its keys shared by all; 0: half a head."""
     chunk: int | None = None
     """Tokens that a chunked recurrence takes at once; changes speed, not the mathematics."""
     implementation: Literal["auto", "xla", "blocked", "cudnn", "pallas"] | None = None
@@ -109,7 +119,7 @@ class ModelConfig:
     rope_factor: float = 1.0
     """Stretching factor for rope_scaling."""
     max_length: int | None = None
-    """Longest position of a learned table; None: data.sequence_length."""
+    """Longest position of a learned table; None: the longest sequence of training or validation."""
     mlp: Literal["swiglu", "geglu", "gelu", "relu2", "none"] = "swiglu"
     """Feed-forward kind: gated (SwiGLU, GeGLU; Shazeer 2020), plain (GELU, squared ReLU), or no feed-forward."""
     mlp_width: int | None = None
@@ -137,7 +147,8 @@ class DataConfig:
     """Where text comes from and how it becomes batches."""
 
     source: tuple[str, ...] = ("cpython",)
-    """`cpython`, a text file or folder, FILE.jsonl, FILE.parquet, tfds:NAME/SPLIT, synthetic:TASK; several mix."""
+    """`cpython`, a text file or folder, FILE.jsonl, FILE.parquet, tfds:NAME/SPLIT, synthetic:TASK[:SETTING=VALUE,...]
+    (slm.data.synthetic); several mix."""
     weights: tuple[float, ...] = ()
     """Share of each source in a mixture, in sequences; empty: equal shares."""
     validation: tuple[str, ...] = ()
@@ -152,6 +163,8 @@ class DataConfig:
     """`bytes`, `chars`, `bpe:SIZE` (trained on the training documents), or a path to a tokenizer.json."""
     sequence_length: int = 256
     """Tokens in one training sequence (T)."""
+    validation_length: int | None = None
+    """Tokens in one validation sequence; longer than in training, it tests extrapolation; None: sequence_length."""
     packing: Literal["documents", "stream"] = "documents"
     """`documents`: attention and positions stop at document boundaries; `stream`: one endless text."""
     cache: str | None = None

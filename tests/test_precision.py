@@ -14,11 +14,14 @@ def values(loss_scale):
     return tuple(float(x) for x in jax.tree.leaves(loss_scale))
 
 
-def test_cast_touches_floats_only():
-    tree = {"w": jnp.ones(2), "step": jnp.int32(3), "flag": jnp.array(True), "key": jax.random.key(0)}
-    out = precision.cast(tree, precision.compute_dtype("bfloat16"))
-    assert out["w"].dtype == jnp.bfloat16
-    assert all(out[name].dtype == tree[name].dtype for name in ("step", "flag", "key"))
+def test_cast_touches_matrices_only():
+    params = {"embed": {"embedding": jnp.ones(2)}, "mixer": {"query": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}},
+              "decay": jnp.ones(2), "norm": {"scale": jnp.ones(2)}}  # fmt: skip
+    out = precision.cast(params, precision.compute_dtype("bfloat16"))
+    assert out["embed"]["embedding"].dtype == out["mixer"]["query"]["kernel"].dtype == jnp.bfloat16
+    assert {out["mixer"]["query"]["bias"].dtype, out["decay"].dtype, out["norm"]["scale"].dtype} == {
+        np.dtype("float32")
+    }
     assert precision.compute_dtype("float32") == jnp.float32
     assert precision.compute_dtype("float16") == jnp.float16
 

@@ -10,7 +10,7 @@ from slm.data.cache import cache_folder
 from slm.data.corpus import Corpus, open_corpus
 from slm.data.packing import Batch, EvaluationWindows, Rows
 from slm.data.sources import Source, names_a_source, open_source
-from slm.data.synthetic import SyntheticRows, synthetic_tokenizer
+from slm.data.synthetic import PasskeyRows, SyntheticRows, asks_text, parse_task
 from slm.data.tokenizers import Tokenizer
 from slm.errors import ConfigError
 
@@ -24,6 +24,11 @@ class Evaluation:
     @property
     def name(self) -> str:
         return " + ".join(part.name for part in self.rows)
+
+    @property
+    def sources(self) -> tuple[tuple[str, int, bool], ...]:
+        """Of each source: name, how many numbers of `document` are its own, and whether its documents are questions."""
+        return tuple((part.name, part.documents, part.answers) for part in self.rows)
 
     @property
     def sequences(self) -> int:
@@ -73,22 +78,35 @@ def open_evaluation(
     A string is a source if it has a known scheme, exists as a path or looks like one (see names_a_source), else text.
     Raises DataError for a missing or empty source; ConfigError for a synthetic task under another tokenizer.
     """
-    if isinstance(what, str) and what.startswith("synthetic:"):
-        if tokenizer.fingerprint != synthetic_tokenizer().fingerprint:
-            raise ConfigError(f"{what} has a vocabulary of its own: evaluate a model trained on synthetic tasks")
-        return Evaluation((SyntheticRows(what, seed, sequence_length, "validation"),))
+    if isinstance(what, str) and what.startswith("synthetic:") and not asks_text(what):
+        rows = SyntheticRows(what, seed, sequence_length, "validation")
+        if tokenizer.fingerprint != rows.tokenizer.fingerprint:
+            raise ConfigError(
+                f"{what} has a vocabulary of its own, of {len(rows.task.words)} words: evaluate a model trained on such"
+            )
+        return Evaluation((rows,))
+    spec = what if isinstance(what, str) else ""
     if isinstance(what, Corpus):
         corpus = what
     elif isinstance(what, str) and names_a_source(what):
         corpus = whole_corpus(open_source(what, data), data, tokenizer)
     else:
         corpus = Corpus.from_texts([what] if isinstance(what, str) else what, tokenizer)
-    return Evaluation((evaluation_windows(corpus, data, tokenizer, sequence_length),))
+    return Evaluation((evaluation_rows(spec, corpus, data, tokenizer, sequence_length, seed),))
 
 
 def whole_corpus(source: Source, data: DataConfig, tokenizer: Tokenizer) -> Corpus:
     """All documents of a source, tokenised once."""
     return open_corpus(source.name, (source.fingerprint, "all"), source.documents, tokenizer, cache_folder(data.cache))
+
+
+def evaluation_rows(
+    spec: str, corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, length: int, seed: int
+) -> EvaluationWindows | PasskeyRows:
+    """The corpus of a source, or the task that the source asks in it."""
+    if asks_text(spec):
+        return PasskeyRows(spec, parse_task(spec), corpus, tokenizer, seed, length, "validation")
+    return evaluation_windows(corpus, data, tokenizer, length)
 
 
 def evaluation_windows(corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, length: int) -> EvaluationWindows:

@@ -16,6 +16,8 @@ class Rows(Protocol):
     name: str
     documents: int
     """Documents that the rows come from."""
+    answers: bool
+    """Whether each document is a question, whose answer is right or wrong as a whole."""
 
     def __len__(self) -> int: ...
 
@@ -29,6 +31,8 @@ class Rows(Protocol):
 
 
 class _Windows:
+    answers = False
+
     def __init__(self, corpus: Corpus, length: int, packing: Literal["documents", "stream"], end_of_text: int | None):
         self.name, self.documents = corpus.name, corpus.documents
         self.corpus, self.length, self.packing = corpus, length, packing

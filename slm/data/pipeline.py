@@ -10,11 +10,11 @@ import numpy as np
 from slm.config import DataConfig
 from slm.data.cache import build_once, cache_folder, digest
 from slm.data.corpus import Corpus, open_corpus
-from slm.data.evaluation import Evaluation, evaluation_windows, process_slice, whole_corpus
+from slm.data.evaluation import Evaluation, evaluation_rows, process_slice, whole_corpus
 from slm.data.packing import Batch, Rows, TrainingWindows
 from slm.data.sources import Source, open_source
 from slm.data.splits import Side, check_disjoint, take_side
-from slm.data.synthetic import SyntheticRows, synthetic_tokenizer
+from slm.data.synthetic import PasskeyRows, SyntheticRows, asks_text, parse_task
 from slm.data.tokenizers import Tokenizer, build_tokenizer, depends_on_documents
 from slm.errors import ConfigError, DataError
 
@@ -112,7 +112,7 @@ def open_data(data: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -
     Raises DataError for a source that is missing, empty, unreadable or too small, if a split leaves one side empty, if
     training and validation share documents, or if the disk is full; ConfigError for settings that do not go together.
     """
-    synthetic = [spec.startswith("synthetic:") for spec in data.source + data.validation]
+    synthetic = [spec.startswith("synthetic:") and not asks_text(spec) for spec in data.source + data.validation]
     if any(synthetic):
         if not all(synthetic):
             raise ConfigError("data.source: synthetic tasks have a vocabulary of their own and do not mix with text")
@@ -128,17 +128,31 @@ def open_data(data: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -
     else:
         train = [whole_corpus(source, data, tokenizer) for source in sources]
         validation = [whole_corpus(source, data, tokenizer) for source in held_out]
-    if validation:
-        check_disjoint([corpus.hashes for corpus in train], [corpus.hashes for corpus in validation])
+    held_out_specs = data.source if splitting else data.validation
+    # Around a question, text may be known: the answer is not in the training data.
+    unseen = [corpus.hashes for spec, corpus in zip(held_out_specs, validation) if not asks_text(spec)]
+    if unseen:
+        check_disjoint([corpus.hashes for corpus in train], unseen)
 
     length = data.sequence_length
+    tasks = [spec for spec in data.source + data.validation if asks_text(spec)]
     return Data(
         tokenizer=tokenizer,
         fingerprint=digest(
-            [corpus.fingerprint for corpus in train + validation], _weights(data), length, data.packing, len(train)
+            [corpus.fingerprint for corpus in train + validation],
+            _weights(data),
+            length,
+            data.packing,
+            len(train),
+            *_optional(tasks, data.validation_length),
         ),
-        train=tuple(TrainingWindows(corpus, length, data.packing, tokenizer.end_of_text) for corpus in train),
-        validation=Evaluation(tuple(evaluation_windows(corpus, data, tokenizer, length) for corpus in validation))
+        train=tuple(_training_rows(spec, corpus, data, tokenizer, seed) for spec, corpus in zip(data.source, train)),
+        validation=Evaluation(
+            tuple(
+                evaluation_rows(spec, corpus, data, tokenizer, data.validation_length or length, seed)
+                for spec, corpus in zip(held_out_specs, validation)
+            )
+        )
         if validation
         else None,
         weights=_weights(data),
@@ -146,14 +160,39 @@ def open_data(data: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -
     )
 
 
+def _training_rows(spec: str, corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, seed: int) -> Rows:
+    if asks_text(spec):
+        return PasskeyRows(spec, parse_task(spec), corpus, tokenizer, seed, data.sequence_length, "train")
+    return TrainingWindows(corpus, data.sequence_length, data.packing, tokenizer.end_of_text)
+
+
+def _optional(*values: Any) -> list[Any]:
+    """Those that are set: a fingerprint does not change with settings that were added later and are not used."""
+    return [value for value in values if value]
+
+
 def _open_synthetic(data: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Data:
-    own = synthetic_tokenizer()
+    length, held_out = data.sequence_length, data.validation or data.source
+    train = tuple(SyntheticRows(spec, seed, length, "train") for spec in data.source)
+    rows = tuple(SyntheticRows(spec, seed, data.validation_length or length, "validation") for spec in held_out)
+    own = train[0].tokenizer
+    for other in (*train, *rows):
+        if other.tokenizer.fingerprint != own.fingerprint:
+            raise ConfigError(
+                f"{train[0].name} has a vocabulary of {own.vocab_size} words and {other.name} another of "
+                f"{other.tokenizer.vocab_size}: tasks mix where their vocabularies are equal"
+            )
     if tokenizer is not None and tokenizer.fingerprint != own.fingerprint:
         raise ConfigError("synthetic tasks have a vocabulary of their own: the model's tokenizer cannot read them")
-    train = tuple(SyntheticRows(spec, seed, data.sequence_length, "train") for spec in data.source)
-    held_out = data.validation or data.source
-    rows = tuple(SyntheticRows(spec, seed, data.sequence_length, "validation") for spec in held_out)
-    fingerprint = digest("synthetic", own.fingerprint, data.source, held_out, _weights(data), data.sequence_length)
+    fingerprint = digest(
+        "synthetic",
+        own.fingerprint,
+        data.source,
+        held_out,
+        _weights(data),
+        length,
+        *_optional(data.validation_length),
+    )
     return Data(own, fingerprint, train, Evaluation(rows), _weights(data), seed)
 
 

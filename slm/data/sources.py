@@ -39,6 +39,7 @@ def open_source(spec: str, data: DataConfig) -> Source:
     `cpython`           documentation topics and standard library of the running interpreter (see slm.data.cpython)
     `tfds:NAME/SPLIT`   a TFDS data set in ArrayRecord format; NAME may hold a config, SPLIT a slice: `train[:10%]`
     `*.jsonl[.gz]`, `*.parquet`   one document a record, in `data.text_field`
+    `synthetic:passkey` the text that the task hides its keys in
     any other file      UTF-8 text, one document
     a folder            its text files (slm.data.files.TEXT_SUFFIXES), recursively, one document each
 
@@ -53,7 +54,11 @@ def open_source(spec: str, data: DataConfig) -> Source:
 
         return tfds_source(spec, data)
     if spec.startswith("synthetic:"):
-        raise DataError(f"{spec} has no text to read: synthetic tasks are only for training and evaluation")
+        from slm.data.synthetic import asks_text, parse_task
+
+        if not asks_text(spec):
+            raise DataError(f"{spec} has no text to read: synthetic tasks are only for training and evaluation")
+        return open_source(parse_task(spec).text, data)
     from slm.data import files
 
     path = Path(spec).expanduser()

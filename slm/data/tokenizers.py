@@ -1,5 +1,6 @@
 """Text to token ids and back: bytes, characters, byte-level BPE trained on the spot, or any tokenizer.json."""
 
+import contextlib
 import difflib
 import functools
 import json
@@ -78,13 +79,15 @@ class Tokenizer:
 
         markers: special tokens written in the text (`<|im_start|>`) become their ids, as a chat prompt wants and a
         document must not. Not safe while other threads encode.
-        Raises DataError if the text holds a lone surrogate, which UTF-8 cannot express.
+        Raises DataError if the text holds a lone surrogate, which UTF-8 cannot express, or what a tokenizer without an
+        unknown token has no token for.
         """
         if not markers:
             return self.encode_batch([text])[0]
         self.backend.encode_special_tokens = False
         try:
-            return np.array(self.backend.encode(_valid(text), add_special_tokens=False).ids, np.int32)
+            with _unknown_text():
+                return np.array(self.backend.encode(_valid(text), add_special_tokens=False).ids, np.int32)
         finally:
             self.backend.encode_special_tokens = True
 
@@ -96,7 +99,9 @@ class Tokenizer:
             return [table[np.frombuffer(text.encode(_CODECS[unit]), unit)] for text in texts]
         pieces = [list(self._pieces(text)) for text in texts]
         flat = [piece for group in pieces for piece in group]
-        ids = (np.array(e.ids, np.int32) for e in self.backend.encode_batch_fast(flat, add_special_tokens=False))
+        with _unknown_text():
+            encodings = self.backend.encode_batch_fast(flat, add_special_tokens=False)
+        ids = (np.array(e.ids, np.int32) for e in encodings)
         return [np.concatenate([next(ids) for _ in group]) if group else np.zeros(0, np.int32) for group in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -151,6 +156,14 @@ _CODECS = {np.uint8: "utf-8", np.uint32: "utf-32-le"}
 def _parts(use_regex: bool) -> dict:
     """How tokenizer.json writes the byte-level pre-tokenizers that are built here."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+@contextlib.contextmanager
+def _unknown_text() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"the tokenizer has no token for some of the text ({error})") from error
 
 
 def _valid(text: str) -> str:

@@ -23,6 +23,7 @@ def evaluate_batches(
     batches: Iterable[dict],
     place: Callable[[dict], dict] | None = None,
     by_position: bool = False,
+    sources: Sequence[tuple[str, int, bool]] = (),
 ) -> dict[str, Any]:
     """Scores of a model over batches.
 
@@ -33,6 +34,7 @@ def evaluate_batches(
         positions; and of each target its `bytes` (UTF-8) and its `document` (number).
       place: host batch -> global device arrays; needed with several processes. None: as they are.
       by_position: also return `loss_by_position` and `tokens_by_position`.
+      sources: where documents come from, in the order of their numbers (slm.data.evaluation.Evaluation.sources).
 
     Returns:
       `bits_per_byte`  total nats / total bytes / ln 2, left out if the targets stand for no bytes
@@ -42,7 +44,9 @@ def evaluate_batches(
       `stderr_clusters`, their number, and `stderr_clustered_by`: `document` if there are at least 20, else `window`
       (a row), else, in a single window, `token`, which understates the error because neighbours are not independent;
       `loss_by_position`, a list: the mean loss of targets with 1, 2, ... tokens of context in their window, None where
-      there are none; `tokens_by_position`, how many there are.
+      there are none; `tokens_by_position`, how many there are;
+      `exact_match`, if all sources ask questions: the share of documents of which every scored target was right;
+      `by_source`, if there are several: the scores of each by its name, with errors over its documents.
 
     The score is a ratio of sums, so its standard error is that of a ratio estimator (linearised: Cochran 1977, Sampling
     Techniques, section 6.4), over clusters of dependent tokens (Miller 2024, arXiv:2411.00640, section 2.2).
@@ -67,7 +71,8 @@ def evaluate_batches(
         tokens = values if len(values) else tokens
     if tokens is None:
         raise DataError("nothing to evaluate: no target has a weight above 0")
-    clusters = {"document": documents.table(), "window": windows.table(), "token": tokens}
+    numbers, table = documents.keyed()
+    clusters = {"document": table, "window": windows.table(), "token": tokens}
     by = "document" if len(clusters["document"]) >= ENOUGH_DOCUMENTS else "window"
     by = "token" if len(clusters[by]) < 2 else by
     result = _scores(clusters[by]) | {
@@ -75,6 +80,10 @@ def evaluate_batches(
         "stderr_clusters": len(clusters[by]),
         "stderr_clustered_by": by,
     }
+    if sources and all(questions for _, _, questions in sources):
+        result |= _exact_match(table)
+    if len(sources) > 1:
+        result["by_source"] = _by_source(sources, numbers, table)
     return result | (_by_position(positions) if by_position else {})
 
 
@@ -100,7 +109,7 @@ def evaluate(
       model: a language model.
       text_or_source: see above.
       batch_size: windows at a time; does not change the scores.
-      sequence_length: tokens in a window; None: as in training.
+      sequence_length: tokens in a window; None: as in the run's own evaluations.
       by_position: also return `loss_by_position` and `tokens_by_position`.
 
     Raises:
@@ -110,9 +119,12 @@ def evaluate(
     from slm.data.evaluation import open_evaluation
 
     check_sizes(model, batch_size, sequence_length)
-    length = sequence_length or model.config.data.sequence_length
+    length = sequence_length or model.config.data.validation_length or model.config.data.sequence_length
     evaluation = open_evaluation(text_or_source, model.config.data, model.tokenizer, length, model.config.seed)
-    return evaluate_batches(eval_step_of(model), model.params, evaluation.batches(batch_size), by_position=by_position)
+    batches = evaluation.batches(batch_size)
+    return evaluate_batches(
+        eval_step_of(model), model.params, batches, by_position=by_position, sources=evaluation.sources
+    )
 
 
 def check_sizes(model: LanguageModel, batch_size: int, sequence_length: int | None) -> None:
@@ -174,6 +186,23 @@ def _scores(table: np.ndarray) -> dict[str, Any]:
     scores |= {"loss": loss, "loss_stderr": loss_stderr, "perplexity": float(np.exp(loss))}
     scores["accuracy"], scores["accuracy_stderr"] = ratio(correct, weight)
     return scores | {"tokens": round(weight.sum()), "bytes": round(bytes_.sum())}
+
+
+def _exact_match(table: np.ndarray) -> dict[str, float]:
+    """Share of the rows (nats, correct, weight, bytes) that are right as a whole."""
+    _, correct, weight, _ = table.T
+    return {"exact_match": float(np.isclose(correct, weight).mean())}  # weights are float32
+
+
+def _by_source(sources: Sequence[tuple[str, int, bool]], numbers: np.ndarray, table: np.ndarray) -> dict[str, dict]:
+    """Scores of the documents `numbers`, (documents, 4), source by source."""
+    scores, first = {}, 0
+    for name, documents, questions in sources:
+        mine = table[(numbers >= first) & (numbers < first + documents)]
+        first += documents
+        if len(mine):
+            scores[name] = _scores(mine) | (_exact_match(mine) if questions else {})
+    return scores
 
 
 def ratio(x: np.ndarray, y: np.ndarray) -> tuple[float, float | None]:

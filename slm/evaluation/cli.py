@@ -38,7 +38,7 @@ class Arguments:
     by_position: bool = False
     """Also print the loss by the number of tokens of context."""
     sequence_length: int | None = None
-    """Tokens in a window; None: as in training. Windows do not overlap."""
+    """Tokens in a window; None: as in the run's own evaluations. Windows do not overlap."""
     batch_size: int = 16
     """Windows scored at a time; changes memory and speed, not scores."""
     json: Path | None = None
@@ -86,6 +86,8 @@ def run(arguments: Arguments) -> None:
     if arguments.source is not None or not arguments.prompt:
         source, scores = score(model, arguments)
         console.print(score_table(source, scores))
+        if "by_source" in scores:
+            console.print(source_table(scores))
         if arguments.by_position:
             console.print(position_table(scores))
         report |= {"source": source} | scores
@@ -110,7 +112,8 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
 
     check_sizes(model, arguments.batch_size, arguments.sequence_length)
     data, seed, spec = model.config.data, model.config.seed, arguments.source
-    data = dataclasses.replace(data, sequence_length=arguments.sequence_length or data.sequence_length)
+    if arguments.sequence_length is not None:
+        data = dataclasses.replace(data, sequence_length=arguments.sequence_length, validation_length=None)
     if spec is None:
         trained = open_data(model.config.data, seed, model.tokenizer)
         if trained.validation is None:
@@ -127,7 +130,8 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
     else:
         # Unlike slm.evaluate, which also takes text, a misspelt source must not be scored as one.
         what = spec if spec.startswith("synthetic:") else whole_corpus(open_source(spec, data), data, model.tokenizer)
-        evaluation = open_evaluation(what, data, model.tokenizer, data.sequence_length, seed)
+        length = data.validation_length or data.sequence_length
+        evaluation = open_evaluation(what, data, model.tokenizer, length, seed)
         name = evaluation.name
     batches = track(
         evaluation.batches(arguments.batch_size),
@@ -136,7 +140,9 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
         console=Console(stderr=True),
         transient=True,
     )
-    return name, evaluate_batches(eval_step_of(model), model.params, batches, by_position=arguments.by_position)
+    return name, evaluate_batches(
+        eval_step_of(model), model.params, batches, by_position=arguments.by_position, sources=evaluation.sources
+    )
 
 
 def sample(model: LanguageModel, arguments: Arguments) -> list[dict[str, Any]]:
@@ -167,15 +173,27 @@ def score_table(source: str, scores: dict[str, Any]) -> Table:
         "loss (nats/token)": _with_error(scores, "loss"),
         "perplexity": f"{scores['perplexity']:.4g}",
         "accuracy": _with_error(scores, "accuracy"),
+        "exact match": f"{scores.get('exact_match', math.nan):.4f}",
         "scored": f"{scores['tokens']:,} tokens, {scores['bytes']:,} bytes, {scores['documents']:,} documents",
         "standard error over": f"{scores['stderr_clusters']:,} {scores['stderr_clustered_by']}s",
     }
     if "synthetic:" in source or "bits_per_byte" not in scores:
         del lines["bits per byte"]  # of answers alone, in a made-up vocabulary
         lines = {"accuracy": lines.pop("accuracy")} | lines
+    if "exact_match" not in scores:
+        del lines["exact match"]
     table = Table(title=source, title_justify="left", show_header=False)
     for row, (name, value) in enumerate(lines.items()):
         table.add_row(name, value, style="bold" if row == 0 else None)
+    return table
+
+
+def source_table(scores: dict[str, Any]) -> Table:
+    """Loss and accuracy of each source."""
+    table = Table("source", "loss (nats/token)", "accuracy", "exact match", title="by source", title_justify="left")
+    for name, part in scores["by_source"].items():
+        exact = f"{part['exact_match']:.4f}" if "exact_match" in part else ""
+        table.add_row(Text(name), _with_error(part, "loss"), _with_error(part, "accuracy"), exact)
     return table
 
 

@@ -224,6 +224,7 @@ def _evaluator(cfg: Experiment, plan: Plan, data) -> Callable[[TrainState], dict
             plan.program.evaluation_params(state),
             batches,
             lambda batch: meshes.place_batch(batch, plan.program.mesh),
+            sources=data.validation.sources,
         )
 
     return evaluate

@@ -25,9 +25,17 @@ def compute_dtype(precision: str) -> jnp.dtype:
     return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}[precision])
 
 
-def cast(tree: Any, dtype: Any) -> Any:
-    """`tree` with its floating-point leaves as `dtype`; integers, booleans and keys stay as they are."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+def cast(params: Any, dtype: Any) -> Any:
+    """`params` with what enters matrix products, leaves called `kernel` or `embedding`, as `dtype`.
+
+    All else stays float32: it is small, and rounding a decay rate or the bias of a step size to 8 bits changes what a
+    recurrence remembers (published code keeps them in float32 too). Modules round norms and biases where they use them.
+    """
+
+    def one(path, x):
+        return x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def unscale(grads: Any, loss_scale: LossScale) -> Any:

@@ -18,7 +18,7 @@ Rules = tuple[tuple[str, Any], ...]
 
 # A new kind of parameter that is not a matrix (a decay rate, a gate's offset, ...) gets its leaf name here, once.
 # Matrices need nothing: they are called `kernel`.
-_VECTORS = r"(.*/)?(scale|bias|decay|position|state|sink|mix|bonus|skip|map|mixture)"
+_VECTORS = r"(.*/)?(scale|bias|decay|position|state|sink|mix|bonus|removal|replacement|skip|map|mixture)"
 _INSIDE = r"(blocks|tail)/\d+"
 
 DECAY: Rules = (

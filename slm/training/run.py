@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm.config import Experiment, check, flatten, from_json, override, to_json
+from slm.config import Experiment, check, flatten, from_json, longest_sequence, override, to_json
 from slm.errors import CheckpointError, ConfigError, SlmError
 from slm.models.counts import abstract_parameters
 from slm.models.language_model import LanguageModel
@@ -147,7 +147,7 @@ def filled_in(cfg: Experiment, vocab_size: int) -> Experiment:
     if not cfg.model.vocab_size:
         changes["model.vocab_size"] = vocab_size
     if cfg.model.position == "learned" and cfg.model.max_length is None:
-        changes["model.max_length"] = cfg.data.sequence_length
+        changes["model.max_length"] = longest_sequence(cfg.data)
     return check(override(cfg, changes))
 
 
