@@ -1,18 +1,25 @@
 """Softmax attention by blocks of queries, with a hand-written backward pass (FlashAttention-2's; Dao 2023).
 
-Only the keys that a block's queries can see take part: half the square when causal, a band with a window. Saved are
-q, k, v, the output and each row's log-normaliser; weights are recomputed, so memory grows with T, not T^2.
+Only the keys that a block's queries can see take part: half the square when causal, a band with a window, and the
+sinks. Saved are q, k, v, the output and each row's log-normaliser; weights are recomputed, so memory grows with T, not
+T^2. Few blocks are written out one after another; many are run in a few loops, whose blocks take equally many keys, so
+that the size of the program does not grow with T.
 """
 
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 BLOCK = 128
 """Queries handled at once."""
+LOOPS = 8
+"""Causal attention takes its keys in at most so many different lengths: 1/16 of the square too much at worst."""
 
 
 class Shape(NamedTuple):
@@ -25,36 +32,41 @@ class Shape(NamedTuple):
     scale: float
 
 
-def visible(i, j, causal, window, sinks):
-    """Whether query position i sees key position j, elementwise."""
+def visible(i, j, causal, window, sunk=False):
+    """Whether query position i sees key position j, elementwise; `sunk` says which keys are sinks."""
     keep = j <= i if causal else jnp.ones(jnp.broadcast_shapes(i.shape, j.shape), bool)
     if window is not None:
         near = i - j < window if causal else jnp.abs(i - j) < window
-        keep &= near | (j < sinks)
+        keep &= near | sunk
     return keep
 
 
-def blocked_attention(q, k, v, segment_ids, sink_logits, shape: Shape):
-    """See `softmax_attention`. q: (B, T, H, K), k: (B, T, G, K), v: (B, T, G, V) -> (B, T, H, V)."""
+def blocked_attention(q, k, v, documents, sink_logits, forget, shape: Shape):
+    """See `softmax_attention`. q: (B, T, H, K), k: (B, T, G, K), v: (B, T, G, V) -> (B, T, H, V).
+
+    documents: (B, T) integers, or None: keys of another number are not seen. With sinks it must be the index of the
+    document's first token. forget: (B, T, H, 2) of `cumulative_forget`, or None.
+    """
     B, T, H, K = q.shape
     G, R = k.shape[2], H // k.shape[2]
     # Heads lead from here on, so that every product below is a plain batched matrix product.
     q = jnp.moveaxis(q.reshape(B, T, G, R, K), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     sink = None if sink_logits is None else sink_logits.astype(jnp.float32).reshape(G, R)
-    out = _attention(q, k, v, segment_ids, sink, shape)
+    if forget is not None:
+        forget = tuple(jnp.moveaxis(forget.reshape(B, T, G, R, 2), (4, 1), (0, 4)))
+    out = _attention(q, k, v, documents, sink, forget, shape)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, H, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxV, segment_ids, sink_GxR, shape):
-    return _forward(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxV, segment_ids, sink_GxR, shape)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxV, documents, sink_GxR, forget, shape):
+    return _forward(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxV, documents, sink_GxR, forget, shape)[0]
 
 
-def _forward(q, k, v, segment_ids, sink, shape):
-    outs, normalisers = [], []
-    for rows, spans in _blocks(q.shape[3], shape):
-        logits = _logits(q, k, segment_ids, rows, spans, shape)
+def _forward(q, k, v, documents, sink, forget, shape):
+    def attend(_, block: _Block):
+        _, logits = _logits(q, k, documents, forget, block, shape)
         top = logits.max(-1)
         if sink is not None:
             top = jnp.maximum(top, sink[:, :, None])
@@ -62,81 +74,164 @@ def _forward(q, k, v, segment_ids, sink, shape):
         total = weights.sum(-1)
         if sink is not None:
             total += jnp.exp(sink[:, :, None] - top)
-        out = _einsum("BGRTS,BGSV->BGRTV", weights.astype(v.dtype), _take(v, spans, 2))
-        outs.append((out / total[..., None]).astype(q.dtype))
-        normalisers.append(top + jnp.log(total))
+        out = _einsum("BGRTS,BGSV->BGRTV", weights.astype(v.dtype), block.keys(v, 2))
+        return None, ((out / total[..., None]).astype(q.dtype), top + jnp.log(total))
+
+    _, outputs = _run(attend, None, q, documents, shape)
     # Named, so that a remat policy can keep them: from these the backward pass needs no second forward pass.
-    out = checkpoint_name(jnp.concatenate(outs, 3), "attention")
-    log_z = checkpoint_name(jnp.concatenate(normalisers, 3), "attention")
-    return out, (q, k, v, segment_ids, sink, out, log_z)
+    out, log_z = (checkpoint_name(x, "attention") for x in outputs)
+    return out, (q, k, v, documents, sink, forget, out, log_z)
 
 
 def _backward(shape, residuals, d_out):
-    q, k, v, segment_ids, sink, out, log_z = residuals
+    q, k, v, documents, sink, forget, out, log_z = residuals
     # sum_j p_j dp_j of the softmax's Jacobian, from the output alone (Dao et al. 2022, eq. 4).
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    d_q, (d_k, d_v) = [], (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k, v))
-    for rows, spans in _blocks(q.shape[3], shape):
-        logits = _logits(q, k, segment_ids, rows, spans, shape)
-        weights = jnp.exp(logits - log_z[..., rows, None])
-        d_weights = _einsum("BGRTV,BGSV->BGRTS", d_out[..., rows, :], _take(v, spans, 2))
-        d_logits = weights * (d_weights - inner[..., rows, None])
+
+    def owe(totals, block: _Block):
+        d_k, d_v, d_keys_forget = totals
+        capped, logits = _logits(q, k, documents, forget, block, shape)
+        d_out_rows = block.rows(d_out, 3)
+        weights = jnp.exp(logits - block.rows(log_z, 3)[..., None])
+        d_weights = _einsum("BGRTV,BGSV->BGRTS", d_out_rows, block.keys(v, 2))
+        d_logits = weights * (d_weights - block.rows(inner, 3)[..., None])
+        d_rows_forget = None
+        if forget is not None:
+            # Both summed up from the same numbers, so that what a query owes to itself cancels out.
+            d_rows_forget, d_keys_forget = d_logits.sum(-1), block.add(d_keys_forget, -d_logits.sum(-2))
         if shape.softcap is not None:
-            d_logits *= 1 - (jnp.where(logits > -1e29, logits, 0) / shape.softcap) ** 2
+            d_logits *= 1 - (capped / shape.softcap) ** 2
         # Materialised once: XLA would otherwise recompute the exponentials inside each product's transposing copy.
         weights, d_logits = jax.lax.optimization_barrier(
             (weights.astype(v.dtype), (d_logits * shape.scale).astype(q.dtype))
         )
-        d_q.append(_einsum("BGRTS,BGSK->BGRTK", d_logits, _take(k, spans, 2)).astype(q.dtype))
+        d_q = _einsum("BGRTS,BGSK->BGRTK", d_logits, block.keys(k, 2)).astype(q.dtype)
         # Transposed products: the operand that XLA:CPU copies to transpose is then the small one, not (T, S).
-        d_k = _add(d_k, _einsum("BGRTK,BGRTS->BGKS", q[..., rows, :], d_logits), spans)
-        d_v = _add(d_v, _einsum("BGRTV,BGRTS->BGVS", d_out[..., rows, :], weights), spans)
+        d_k = block.add(d_k, _einsum("BGRTK,BGRTS->BGKS", block.rows(q, 3), d_logits))
+        d_v = block.add(d_v, _einsum("BGRTV,BGRTS->BGVS", d_out_rows, weights))
+        return (d_k, d_v, d_keys_forget), (d_q, d_rows_forget)
+
+    d_k, d_v = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k, v))
+    totals = d_k, d_v, None if forget is None else jnp.zeros(log_z.shape, jnp.float32)
+    (d_k, d_v, d_keys_forget), (d_q, d_rows_forget) = _run(owe, totals, q, documents, shape)
     d_sink = None if sink is None else -(jnp.exp(sink[:, :, None] - log_z) * inner).sum((0, 3))
     d_k, d_v = d_k.swapaxes(2, 3).astype(k.dtype), d_v.swapaxes(2, 3).astype(v.dtype)
-    return jnp.concatenate(d_q, 3), d_k, d_v, None, d_sink
+    # Of the two parts of `forget`, the low one is only the rounding of the high one.
+    d_forget = None if forget is None else (d_rows_forget + d_keys_forget, jnp.zeros_like(d_keys_forget))
+    return d_q, d_k, d_v, None, d_sink, d_forget
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _blocks(T: int, shape: Shape):
-    """For each block of queries: (slice of rows, spans (start, stop) of keys that any of them can see)."""
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
-        last = stop if shape.causal else (T if shape.window is None else min(T, stop + shape.window - 1))
-        first = 0 if shape.window is None else max(0, start - shape.window + 1)
-        sunk = min(shape.sinks, first)
-        yield slice(start, stop), ([(0, sunk)] if sunk else []) + [(first, last)]
+class _Block(NamedTuple):
+    """A block of queries, and the keys that any of them can see: sinks before its span, then the span."""
+
+    start: Any
+    size: int
+    first: Any
+    length: int
+    """Of the span, which begins at `first`."""
+    sinks_BxN: jax.Array | None
+    """Where sinks stand before the span. None without any."""
+    needed: jax.Array | None
+    """Which of these keys are no repetition, (B, keys). None: all."""
+
+    def rows(self, x, axis):
+        """The entries of x at these queries, which stand along `axis`."""
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)
+
+    def keys(self, x, axis):
+        """The entries of x (B, ...) at these keys, which stand along `axis`."""
+        near = jax.lax.dynamic_slice_in_dim(x, self.first, self.length, axis)
+        if self.sinks_BxN is None:
+            return near
+        at = self.sinks_BxN.reshape([-1 if i == axis else n if i == 0 else 1 for i, n in enumerate(x.shape)])
+        return jnp.concatenate([jnp.take_along_axis(x, at, axis), near], axis)
+
+    def add(self, total, part):
+        """`total` (B, ..., T) with `part` (B, ..., keys of this block) added at these keys."""
+        N = 0 if self.sinks_BxN is None else self.sinks_BxN.shape[1]
+        axis = total.ndim - 1
+        near = jax.lax.dynamic_slice_in_dim(total, self.first, self.length, axis) + part[..., N:]
+        total = jax.lax.dynamic_update_slice_in_dim(total, near, self.first, axis)
+        if N:
+            total = jax.vmap(lambda row, at, piece: row.at[..., at].add(piece))(total, self.sinks_BxN, part[..., :N])
+        return total
 
 
-def _logits(q, k, segment_ids, rows, spans, shape: Shape):
-    """Scaled, capped, masked logits (B, G, R, T, S) float32 of one block."""
-    logits = _einsum("BGRTK,BGSK->BGRTS", q[..., rows, :], _take(k, spans, 2)) * shape.scale
+def _run(step: Callable, totals, q, documents, shape: Shape):
+    """(totals, rows) of `step(totals, block) -> (totals, rows)` over all blocks of queries; rows are joined along axis
+    3, which is that of the queries."""
+    B, T = q.shape[0], q.shape[3]
+    pieces = []
+    for starts, firsts, size, length in _loops(T, shape):
+        N = min(shape.sinks, firsts[-1])
+
+        def block(start, first, size=size, length=length, N=N):
+            if not N:
+                return _Block(start, size, first, length, None, None)
+            # Documents are contiguous: only the one that `first` stands in has sinks before `first` that are seen.
+            begin = jnp.zeros((B, 1), jnp.int32)
+            if documents is not None:
+                begin = jax.lax.dynamic_slice_in_dim(documents, first, 1, 1)
+            at = begin + jnp.arange(N)
+            needed = jnp.pad(at < first, ((0, 0), (0, length)), constant_values=True)
+            return _Block(start, size, first, length, jnp.clip(at, 0, T - 1), needed)
+
+        if len(starts) == 1:
+            totals, rows = step(totals, block(starts[0], firsts[0]))
+        else:
+            xs = jnp.array(starts), jnp.array(firsts)
+            totals, rows = jax.lax.scan(lambda totals, x, block=block: step(totals, block(*x)), totals, xs)
+            rows = jax.tree.map(lambda x: jax.lax.collapse(jnp.moveaxis(x, 0, 3), 3, 5), rows)
+        pieces.append(rows)
+    return totals, jax.tree.map(lambda *x: jnp.concatenate(x, 3), *pieces)
+
+
+def _loops(T: int, shape: Shape):
+    """[(starts of blocks, starts of their spans of keys, size of these blocks, length of these spans)]."""
+    near = shape.window or T
+    # Sinks of a document that begins in a block may lie ahead of its queries' windows, but not causally.
+    ahead = 0 if shape.causal else max(near, shape.sinks) - 1
+    longest = min(T, near - 1 + BLOCK + ahead)
+    step = -(-T // (LOOPS * BLOCK)) * BLOCK
+
+    def sizes(start):
+        size = min(BLOCK, T - start)
+        length = min(T, start + size + ahead) - max(0, start - near + 1)
+        return size, min(longest, -(-length // step) * step)
+
+    loops = []
+    for (size, length), starts in itertools.groupby(range(0, T, BLOCK), sizes):
+        starts = list(starts)
+        loops.append((starts, [max(0, min(start - near + 1, T - length)) for start in starts], size, length))
+    return loops
+
+
+def _logits(q, k, documents, forget, block: _Block, shape: Shape):
+    """Scaled and capped logits (B, G, R, T, S) float32 of one block, and these with gates and mask."""
+    capped = _einsum("BGRTK,BGSK->BGRTS", block.rows(q, 3), block.keys(k, 2)) * shape.scale
     if shape.softcap is not None:
-        logits = shape.softcap * jnp.tanh(logits / shape.softcap)
-    i = jnp.arange(rows.start, rows.stop)[:, None]
-    j = _take(jnp.arange(k.shape[2]), spans, 0)[None, :]
-    keep = visible(i, j, shape.causal, shape.window, shape.sinks)[None]
-    if segment_ids is not None:
-        keep &= segment_ids[:, rows, None] == _take(segment_ids, spans, 1)[:, None, :]
+        capped = shape.softcap * jnp.tanh(capped / shape.softcap)
+    logits = capped
+    if forget is not None:
+        high, low = (block.rows(x, 3)[..., None] - block.keys(x, 3)[..., None, :] for x in forget)
+        logits += high + low
+    i, j = (block.start + jnp.arange(block.size))[:, None], block.first + jnp.arange(block.length)[None]
+    if block.sinks_BxN is not None:
+        j = jnp.concatenate([block.sinks_BxN, jnp.broadcast_to(j, (len(q), block.length))], 1)
+    j = j[:, None, :]
+    keep, begin = True, 0
+    if documents is not None:
+        begin = block.keys(documents, 1)[:, None, :]
+        keep = block.rows(documents, 1)[..., None] == begin
+    if block.needed is not None:
+        keep &= block.needed[:, None, :]
+    keep &= visible(i, j, shape.causal, shape.window, j - begin < shape.sinks if shape.sinks else False)
     # Finite, so that a row without any key stays NaN-free; it underflows to exactly 0 in every other row.
-    return jnp.where(keep[:, None, None], logits, -1e30)
+    return capped, jnp.where(keep[:, None, None], logits, -1e30)
 
 
 def _einsum(equation: str, *operands: Any):
     return jnp.einsum(equation, *operands, preferred_element_type=jnp.float32)
-
-
-def _take(x, spans, axis):
-    parts = [jax.lax.slice_in_dim(x, start, stop, axis=axis) for start, stop in spans]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
-
-
-def _add(total, part, spans):
-    """Add `part`, whose keys are those of `spans` one after the other, into `total` along the key axis, the last."""
-    at = 0
-    for start, stop in spans:
-        piece = part[..., at : at + stop - start]
-        total = total.at[..., start:stop].add(piece)
-        at += stop - start
-    return total

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from slm.config import MixerConfig, ModelConfig
+from slm.errors import ConfigError
 from slm.models.layers import dense, residual_std
 from slm.models.rope import apply_rope
 
@@ -65,21 +66,22 @@ class Mixer(nn.Module):
         """The implementation that training on `platform` will use, for the table printed at start."""
         return "xla"
 
-    def starting_states(self, shape_HxKxV: tuple[int, int, int], context: Context, cache):
-        """(initial_state (B, H, K, V) or None, reset_state (H, K, V) or None), float32, for the recurrent engines.
+    def starting_states(self, shape: tuple[int, ...], context: Context, cache):
+        """(initial_state (B, *shape) or None, reset_state (*shape) or None), float32, for the recurrent engines.
 
         The state at the first token of this call, and at the beginning of each later document.
         """
         learned = None
         if self.cfg.mixer.learned_state:
-            learned = self.param("state", nn.initializers.zeros, shape_HxKxV).astype(jnp.float32)
+            learned = self.param("state", nn.initializers.zeros, shape).astype(jnp.float32)
         if cache is None:
             if learned is None:
                 return None, None
-            return jnp.broadcast_to(learned, (context.positions.shape[0], *shape_HxKxV)), learned
+            return jnp.broadcast_to(learned, (context.positions.shape[0], *shape)), learned
         state = cache["state"]
         if learned is not None:
-            state = jnp.where((context.positions[:, 0] == 0)[:, None, None, None], learned, state)
+            first = context.positions[:, 0] == 0
+            state = jnp.where(first.reshape(-1, *[1] * len(shape)), learned, state)
         return state, None
 
 
@@ -112,6 +114,17 @@ def key_size(cfg: ModelConfig) -> int:
 def value_size(cfg: ModelConfig) -> int:
     """V of a recurrent mechanism: head_dim times mixer.expand_v."""
     return round((cfg.mixer.expand_v or 1) * head_dim(cfg))
+
+
+def recurrent_backend(cfg: ModelConfig) -> str:
+    """cfg.mixer.implementation for a recurrent engine. Raises ConfigError for one that only softmax has."""
+    chosen = cfg.mixer.implementation
+    if chosen not in ("auto", "xla", "pallas"):
+        raise ConfigError(
+            f"model.mixer.implementation = {chosen}: a backend of softmax attention, which recurrent layers of "
+            f"{' '.join(cfg.attention)} do not have; use auto"
+        )
+    return chosen
 
 
 def project(x_BxTxD, heads: int, size: int, name: str, cfg: ModelConfig, dtype: Any) -> jax.Array:
@@ -154,6 +167,7 @@ class ShortConv(nn.Module):
 
     width: int
     dtype: Any
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxC, context: Context, state=None):
@@ -171,6 +185,8 @@ class ShortConv(nn.Module):
                 same = context.segment_ids == jnp.pad(context.segment_ids, ((0, 0), (back, 0)))[:, :T]
                 past = jnp.where(same[..., None], past, 0)
             y += past * kernel_WxC[W - 1 - back]
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (C,)).astype(self.dtype)
         if state is None:
             return y, None
         end = (context.positions >= 0).sum(1, keepdims=True)  # tokens of this call that are no padding
@@ -178,13 +194,15 @@ class ShortConv(nn.Module):
         return y, last.astype(state.dtype)
 
 
-def short_conv(x_BxTxHxK, name: str, cfg: ModelConfig, dtype: Any, context: Context, cache, news: dict) -> jax.Array:
+def short_conv(
+    x_BxTxHxK, name: str, cfg: ModelConfig, dtype: Any, context: Context, cache, news: dict, use_bias: bool = False
+) -> jax.Array:
     """Heads through the short convolution `name` if cfg.mixer.conv is not 0; its new state goes into `news`[name]."""
     if not cfg.mixer.conv:
         return x_BxTxHxK
     H = x_BxTxHxK.shape[2]
     x = einops.rearrange(x_BxTxHxK, "B T H K -> B T (H K)")
-    y, state = ShortConv(cfg.mixer.conv, dtype, name=name)(x, context, None if cache is None else cache[name])
+    y, state = ShortConv(cfg.mixer.conv, dtype, use_bias, name=name)(x, context, None if cache is None else cache[name])
     if cache is not None:
         news[name] = state
     return einops.rearrange(y, "B T (H K) -> B T H K", H=H)
@@ -197,25 +215,32 @@ def conv_cache(cfg: ModelConfig, batch: int, dtype: Any, **channels: int) -> dic
     return {name: jnp.zeros((batch, cfg.mixer.conv - 1, C), dtype) for name, C in channels.items()}
 
 
-def finish(out_BxTxHxV, x_BxTxD, cfg: ModelConfig, dtype: Any) -> jax.Array:
-    """Output norm and output gate of cfg.mixer, in its order, then the projection `out` to (B, T, D)."""
-    H, V = out_BxTxHxV.shape[2:]
-    gate_first = bool(cfg.mixer.gate_first)
+def finish(out_BxTxHxV, x_BxTxD, cfg: ModelConfig, dtype: Any, gain: float | jax.Array = 1.0) -> jax.Array:
+    """Output norm and output gate of cfg.mixer, in its order, then the projection `out` to (B, T, D).
+
+    `gain` multiplies what has been normed and gated.
+    """
     out = out_BxTxHxV.astype(dtype)
-    if gate_first:
-        out = _gated(out, x_BxTxD, cfg, dtype)
-    if cfg.mixer.output_norm == "head":
-        out = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name="output_norm")(out)
-    out = einops.rearrange(out, "B T H V -> B T (H V)")
-    if cfg.mixer.output_norm == "full":
-        out = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name="output_norm")(out)
-    if not gate_first:
-        out = einops.rearrange(out, "B T (H V) -> B T H V", H=H, V=V)
-        out = einops.rearrange(_gated(out, x_BxTxD, cfg, dtype), "B T H V -> B T (H V)")
+    if cfg.mixer.gate_first:
+        out = _output_norm(_gated(out, x_BxTxD, cfg, dtype), cfg, dtype)
+    else:
+        out = _gated(_output_norm(out, cfg, dtype), x_BxTxD, cfg, dtype)
+    out = einops.rearrange(out * jnp.asarray(gain, dtype), "B T H V -> B T (H V)")
     return dense(cfg.width, "out", cfg, dtype, residual_std(cfg))(out)
 
 
-GATES = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu}
+def _output_norm(out_BxTxHxV, cfg, dtype):
+    if cfg.mixer.output_norm == "head":
+        return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name="output_norm")(out_BxTxHxV)
+    if cfg.mixer.output_norm == "full":
+        # Mamba-2's groups, whose heads share queries and keys, are normed apart.
+        flat = einops.rearrange(out_BxTxHxV, "B T (G R) V -> B T G (R V)", G=cfg.mixer.groups or 1)
+        flat = nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, feature_axes=(-2, -1), name="output_norm")(flat)
+        return flat.reshape(out_BxTxHxV.shape)
+    return out_BxTxHxV
+
+
+GATES = {"sigmoid": jax.nn.sigmoid, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
 
 
 def _gated(out_BxTxHxV, x_BxTxD, cfg, dtype):
@@ -223,5 +248,6 @@ def _gated(out_BxTxHxV, x_BxTxD, cfg, dtype):
         return out_BxTxHxV
     H, V = out_BxTxHxV.shape[2:]
     if cfg.mixer.gate_rank:
-        x_BxTxD = dense(cfg.mixer.gate_rank, "gate_down", cfg, dtype)(x_BxTxD)
+        rank = V if cfg.mixer.gate_rank == -1 else cfg.mixer.gate_rank
+        x_BxTxD = dense(rank, "gate_down", cfg, dtype)(x_BxTxD)
     return out_BxTxHxV * GATES[cfg.mixer.gate](project(x_BxTxD, H, V, "gate", cfg, dtype))

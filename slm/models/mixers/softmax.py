@@ -1,7 +1,7 @@
 """Exact softmax attention: grouped heads, sliding window, sinks, soft cap, output gate."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -9,29 +9,61 @@ import jax.numpy as jnp
 
 from slm.attention import cached_attention, choose_implementation, softmax_attention
 from slm.config import MixerConfig, ModelConfig
+from slm.errors import ConfigError
 from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, normalise, project, rotate
 
 
-class SoftmaxMixer(Mixer):
+class SoftmaxFamily(Mixer):
+    """What mixers over `softmax_attention` share."""
+
+    plain: ClassVar[bool] = True
+    """Without switches it is nothing but softmax(q k^T) v with K = V, which cuDNN can serve."""
+
+    def sight(self) -> dict[str, Any]:
+        """What `softmax_attention` and `cached_attention` have in common of the switches, with learned sinks."""
+        m, sink_logits = self.cfg.mixer, None
+        if m.sink_logits:
+            sink_logits = self.param("sink", nn.initializers.zeros, (self.cfg.heads,)).astype(jnp.float32)
+        # Logits of unit vectors times K**-0.5 would all be near 0 (nGPT, Loshchilov et al. 2024, section 2.3.2).
+        scale = head_dim(self.cfg) ** 0.5 if m.qk_norm == "l2" else None
+        sees = {"sinks": m.sinks or 0, "sink_logits": sink_logits, "softcap": m.softcap or None}
+        return {"window": m.window, "scale": scale, **sees}
+
+    @classmethod
+    def implementation(cls, cfg: ModelConfig) -> str:
+        """cfg.mixer.implementation. Raises ConfigError for one that cannot serve this mechanism."""
+        chosen, m = cfg.mixer.implementation, cfg.mixer
+        if chosen == "pallas":
+            raise ConfigError("model.mixer.implementation = pallas: softmax attention has none; use auto or blocked")
+        if chosen == "cudnn" and not (cls.plain and not (m.sinks or m.sink_logits or m.softcap)):
+            raise ConfigError(
+                "model.mixer.implementation = cudnn serves neither sinks, sink_logits, softcap, forget gates nor "
+                f"values of another size than keys, which layers of {' '.join(cfg.attention)} have; use auto or blocked"
+            )
+        return chosen
+
+    @classmethod
+    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
+        chosen, m = cls.implementation(cfg), cfg.mixer
+        if chosen != "auto":
+            return chosen
+        extras = bool(segments or m.softcap or m.sinks or m.sink_logits or not cls.plain)
+        shape = (1, length, cfg.heads, head_dim(cfg))
+        return choose_implementation(shape, dtype, window=m.window, extras=extras, platform=platform)
+
+
+class SoftmaxMixer(SoftmaxFamily):
     """Grouped-query softmax attention (Ainslie et al. 2023) with the switches of `SOFTMAX`."""
 
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
-        cfg, m = self.cfg, self.cfg.mixer
-        K, G, size = head_dim(cfg), cfg.kv_heads or cfg.heads, self.rotary_size(cfg)
-        q = normalise(project(x_BxTxD, cfg.heads, K, "query", cfg, self.dtype), "query_norm", cfg, self.dtype)
-        k = normalise(project(x_BxTxD, G, K, "key", cfg, self.dtype), "key_norm", cfg, self.dtype)
-        v = project(x_BxTxD, G, K, "value", cfg, self.dtype)
-        q, k = rotate(q, context, size), rotate(k, context, size)
-        sink_logits = None
-        if m.sink_logits:
-            sink_logits = self.param("sink", nn.initializers.zeros, (cfg.heads,)).astype(jnp.float32)
-        see = {"window": m.window, "sinks": m.sinks or 0, "sink_logits": sink_logits, "softcap": m.softcap or None}
+        q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg))
+        see, ids = self.sight(), context.segment_ids
         if cache is None:
-            out = softmax_attention(q, k, v, segment_ids=context.segment_ids, implementation=m.implementation, **see)
+            out = softmax_attention(q, k, v, segment_ids=ids, implementation=self.implementation(self.cfg), **see)
         else:
             out, cache = attend_and_store(q, k, v, context.positions, cache, **see)
-        return finish(out, x_BxTxD, cfg, self.dtype), cache
+        return finish(out, x_BxTxD, self.cfg, self.dtype), cache
 
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
@@ -46,22 +78,21 @@ class SoftmaxMixer(Mixer):
         """q k^T and weights v over the keys that a query sees, mean over positions."""
         return 4 * cfg.heads * head_dim(cfg) * mean_keys(length, cfg.mixer.window, cfg.mixer.sinks or 0)
 
-    @classmethod
-    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
-        m = cfg.mixer
-        if m.implementation != "auto":
-            return m.implementation
-        extras = bool(segments or m.softcap or m.sinks or m.sink_logits)
-        shape = (1, length, cfg.heads, head_dim(cfg))
-        return choose_implementation(shape, dtype, window=m.window, extras=extras, platform=platform)
+
+def projections(x_BxTxD, cfg: ModelConfig, dtype: Any, context: Context, size: int):
+    """Normed and rotated queries (B, T, H, K) and keys (B, T, G, K), and values (B, T, G, K)."""
+    K, G = head_dim(cfg), cfg.kv_heads or cfg.heads
+    q = normalise(project(x_BxTxD, cfg.heads, K, "query", cfg, dtype), "query_norm", cfg, dtype)
+    k = normalise(project(x_BxTxD, G, K, "key", cfg, dtype), "key_norm", cfg, dtype)
+    return rotate(q, context, size), rotate(k, context, size), project(x_BxTxD, G, K, "value", cfg, dtype)
 
 
 def mean_keys(length: int, window: int | None = None, sinks: int = 0) -> float:
     """Keys that a causal query sees, mean over `length` positions."""
     W = min(length, window or length)
-    beyond = length - W  # queries whose window leaves something out; the i-th of them leaves out i tokens
-    sunk = sinks * beyond - (min(sinks, beyond) * (2 * sinks - min(sinks, beyond) - 1)) / 2 if sinks else 0
-    return (W * (W + 1) / 2 + beyond * W + sunk) / length
+    beyond = length - W  # queries whose window leaves something out: the n-th of them n tokens, sinks among them
+    few = min(sinks, beyond)
+    return (W * (W + 1) / 2 + beyond * W + few * (few + 1) / 2 + (beyond - few) * sinks) / length
 
 
 def key_value_cache(batch: int, slots: int, G: int, K: int, V: int, dtype: Any) -> dict[str, jax.Array]:
@@ -78,16 +109,19 @@ def attend_and_store(q, k, v, positions_BxT, cache, window=None, sinks=0, **see)
 
     Returns (out (B, T, H, V), cache). Tokens at position -1 are not stored.
     """
-    new = {"key": k, "value": v, "positions": positions_BxT}
-    stored = store(cache, new, sinks)
-    if window is None or q.shape[1] == 1:
-        seen = stored
-    else:
-        # In a ring no longer than the window, a late token of this call may overwrite what an early one still sees.
-        seen = {name: jnp.concatenate([cache[name], new[name].astype(cache[name].dtype)], 1) for name in cache}
+    seen, stored = remember(cache, {"key": k, "value": v, "positions": positions_BxT}, window, sinks)
     keys, values = seen["key"].astype(q.dtype), seen["value"].astype(q.dtype)
     out = cached_attention(q, keys, values, positions_BxT, seen["positions"], window=window, sinks=sinks, **see)
     return out, stored
+
+
+def remember(cache: dict, new: dict, window: int | None = None, sinks: int = 0) -> tuple[dict, dict]:
+    """(what the tokens of `new` may see, the cache after them), both laid out like `cache`; see `store`."""
+    stored = store(cache, new, sinks)
+    if window is None or new["positions"].shape[1] == 1:
+        return stored, stored
+    # In a ring no longer than the window, a late token of this call may overwrite what an early one still sees.
+    return {name: jnp.concatenate([cache[name], new[name].astype(cache[name].dtype)], 1) for name in cache}, stored
 
 
 def store(cache: dict, new: dict, sinks: int = 0) -> dict:
