@@ -1,5 +1,8 @@
 """What a model costs: parameters, FLOPs, cache bytes. Read off abstract trees, so they cannot drift from the model."""
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +10,8 @@ import jax.numpy as jnp
 
 from slm.attention import state_bytes
 from slm.config import ModelConfig
+from slm.errors import ConfigError
+from slm.models.layers import mlp_width
 from slm.models.mixers import MIXERS, configured
 from slm.models.transformer import Transformer
 
@@ -54,3 +59,56 @@ def cache_bytes(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.bflo
     """Bytes that decoding `batch` sequences of at most `length` tokens carries between tokens, in the stored dtypes."""
     cache = jax.eval_shape(lambda: Transformer(cfg).init_cache(batch, length, dtype))
     return state_bytes(cache)
+
+
+def with_parameters(cfg: ModelConfig, total: int, tolerance: float = 0.01, multiple: int = 8) -> ModelConfig:
+    """`cfg` with the mlp_width, a multiple of `multiple`, that brings its parameters nearest to `total`.
+
+    It makes a comparison of mechanisms one at equal parameters. Raises ConfigError if the nearest is further off than
+    `tolerance` (a share of `total`), as for a mixer that alone is larger than the model wanted.
+    """
+
+    def size(width: int) -> int:
+        return parameter_counts(dataclasses.replace(cfg, mlp_width=width))["total"]
+
+    if cfg.mlp == "none":
+        raise ConfigError("model.mlp = none has no width that could be chosen to match a number of parameters")
+    slope = size(2 * multiple) - size(multiple)
+    width = max(1, round((total - size(multiple)) / slope) + 1) * multiple
+    if abs(size(width) - total) > tolerance * total:
+        raise ConfigError(
+            f"no mlp_width gives a model of {' '.join(cfg.attention)} {total:,} parameters: the nearest is {width} "
+            f"with {size(width):,} (it is now {mlp_width(cfg)}); change model.width or model.layers"
+        )
+    return dataclasses.replace(cfg, mlp_width=width)
+
+
+def product_flops(function: Callable, *arguments: Any) -> int:
+    """FLOPs of all matrix products of a traced function: two a multiplication, loops of known length multiplied.
+
+    `arguments` may be abstract arrays. Products that a transformation adds (a backward pass, recomputation) count if
+    `function` contains it. (XLA's own cost analysis counts the body of a loop once.)
+    """
+    return _product_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _product_flops(jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        inner = [_product_flops(sub) for sub in _inner_jaxprs(equation)]
+        if equation.primitive.name == "cond":
+            total += max(inner)
+        else:
+            total += equation.params.get("length", 1) * sum(inner) if equation.primitive.name == "scan" else sum(inner)
+    return total
+
+
+def _inner_jaxprs(equation):
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+            yield inner
