@@ -1,0 +1,1 @@
+"""Studies of what the other rooms can do: they import everything, and nothing imports them."""
