@@ -23,13 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.attention.blocked import BLOCK
+from slm.attention.spans import BLOCK
 from slm.config import DataConfig, Experiment, MeshConfig, MixerConfig, ModelConfig, OptimConfig, TrainConfig
 from slm.models.mixers import MIXERS
 from slm.models.mixers.softmax import SoftmaxMixer
 from slm.models.transformer import REMAT, Transformer
 from slm.training import step
 from slm.training.mesh import make_mesh, place_batch
+from slm.training.precision import cast
 from slm.training.rules import paths
 
 T, V = 150, 40  # two blocks of attention, the second not full
@@ -51,6 +52,8 @@ KINDS = [
 def model_of(mixer, implementation):
     has = MIXERS[mixer].defaults
     values = {name: value for name, value in vars(SWITCHES).items() if getattr(has, name) is not None}
+    if has.index_heads is not None:
+        values["top_k"] = 48  # tokens, not blocks
     if has.implementation is not None:
         values["implementation"] = implementation
     return Transformer(dataclasses.replace(MODEL, attention=(mixer,), mixer=MixerConfig(**values)))
@@ -136,11 +139,10 @@ def test_a_document_changes_nothing_of_another(mixer, implementation):
 
 @pytest.mark.parametrize(("mixer", "implementation"), KINDS)
 def test_packed_documents_are_what_each_is_alone(mixer, implementation):
-    model, params = model_of(mixer, implementation), parameters(mixer)
-    packed = forward(mixer, implementation, documents=True)(tokens())
-    alone = jax.jit(lambda x: model.hidden(params, x)[0][0])(tokens()[:, CUT:])
-    np.testing.assert_allclose(packed[CUT:], alone, atol=5e-5)
-    one_text = forward(mixer, implementation, documents=False)(tokens())
+    packed, one = (forward(mixer, implementation, documents) for documents in (True, False))
+    packed, one_text = packed(tokens()), one(tokens())
+    alone = one(np.roll(tokens(), -CUT, axis=1))  # what follows it changes nothing
+    np.testing.assert_allclose(packed[CUT:], alone[: T - CUT], atol=5e-5)
     assert np.abs(packed[CUT] - one_text[CUT]).max() > 1e-2
 
 
@@ -172,21 +174,34 @@ def test_decoding_equals_the_forward_pass_wherever_it_is_split(mixer):
     model, params, x = model_of(mixer, "auto"), parameters(mixer), tokens()
     expected = np.asarray(forward(mixer, "auto", documents=False)(x))
 
-    @functools.partial(jax.jit, static_argnames="padding")
-    def extend(piece, start, cache, padding=0):
-        positions = start + jnp.arange(piece.shape[1])[None]
-        piece = jnp.pad(piece, ((0, 0), (0, padding)))
-        positions = jnp.pad(positions, ((0, 0), (0, padding)), constant_values=-1)
-        hidden, cache = model.hidden(params, piece, positions=positions, cache=cache)
-        return hidden[0, : hidden.shape[1] - padding], cache
+    @jax.jit
+    def extend(piece, positions, cache):
+        return model.hidden(params, piece, positions=positions, cache=cache)
 
     cache, at, outs = model.init_cache(1, T), 0, []
-    for length, padding in [(37, 0), (1, 0), (90, 5), (1, 0), (1, 0), (1, 2), (19, 0)]:
-        out, cache = extend(x[:, at : at + length], at, cache, padding=padding)
-        outs.append(out)
+    for length, padding in [(53, 7), (1, 0), (60, 0), (1, 0), (1, 0), (34, 26)]:  # two shapes, to compile two programs
+        piece = np.pad(x[:, at : at + length], ((0, 0), (0, padding)))
+        positions = np.pad(np.arange(at, at + length), (0, padding), constant_values=-1)[None]
+        out, cache = extend(piece, positions, cache)
+        outs.append(out[0, :length])
         at += length
     assert at == T
     np.testing.assert_allclose(np.concatenate(outs), expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_half_precision_stays_half_and_states_stay_float32(mixer):
+    """Abstractly: a parameter kept in float32 must not lift the activations, nor a cache change its types."""
+    model = Transformer(model_of(mixer, "auto").cfg, jnp.bfloat16)
+    params = jax.eval_shape(lambda key: cast(model.init(key), jnp.bfloat16), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+    hidden, _ = jax.eval_shape(model.hidden, params, x)
+    cache = jax.eval_shape(lambda: model.init_cache(2, 16))
+    decoded, after = jax.eval_shape(lambda p, x, cache: model.hidden(p, x, cache=cache), params, x, cache)
+    assert hidden.dtype == decoded.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), cache)
+    states = [leaf for path, leaf in zip(paths(cache), jax.tree.leaves(cache)) if path.endswith("state")]
+    assert all(leaf.dtype == jnp.float32 for leaf in states)
 
 
 # Layouts of one computation.

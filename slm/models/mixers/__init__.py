@@ -9,7 +9,21 @@ from typing import Any
 
 from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
-from slm.models.mixers import softmax
+from slm.models.mixers import (
+    conv,
+    decay,
+    delta,
+    differential,
+    forgetting,
+    latent,
+    linear,
+    mamba,
+    rglru,
+    rwkv,
+    selection,
+    softmax,
+    sparse,
+)
 from slm.models.mixers.base import Context, Mixer, Row, configured, head_dim
 
 __all__ = [
@@ -24,17 +38,44 @@ __all__ = [
     "layer_pattern",
 ]
 
-MIXERS: dict[str, Row] = {**softmax.ROWS}
+MIXERS: dict[str, Row] = {
+    **softmax.ROWS,
+    **decay.ROWS,
+    **delta.ROWS,
+    **rwkv.ROWS,
+    **mamba.ROWS,
+    **rglru.ROWS,
+    **linear.ROWS,
+    **conv.ROWS,
+    **latent.ROWS,
+    **forgetting.ROWS,
+    **differential.ROWS,
+    **selection.ROWS,
+    **sparse.ROWS,
+}
 """Name in `model.attention` to mechanism."""
 
 HYBRIDS: dict[str, tuple[str, ...]] = {
     # 3:1 or 5:1 window:full
     "gemma3": ("window",) * 5 + ("softmax",),
     "olmo3": ("window",) * 3 + ("softmax",),
+    # 3:1 chunks:full without positions
+    "llama4": ("chunked_local",) * 3 + ("nope_softmax",),
     # alternating window:full, both with learned sinks
     "gpt_oss": ("sink_window", "sink_softmax"),
+    # 3:1 Kimi Delta Attention:latent attention without positions
+    "kimi_linear": ("kda",) * 3 + ("nope_mla",),
+    # 2:1 RG-LRU:window
+    "recurrent_gemma": ("rglru", "rglru", "window"),
+    # 3:1 Gated DeltaNet:gated softmax
+    "qwen3_next": ("gated_delta",) * 3 + ("gated_softmax",),
+    # 3:1 Gated DeltaNet with negative eigenvalues:softmax
+    "olmo_hybrid": ("gated_delta_negative",) * 3 + ("softmax",),
 }
 """Name in `model.attention` to the layer pattern of a production model, which it stands for."""
+
+BIDIRECTIONAL = ("linformer", "nystrom")
+"""Mechanisms of slm.attention that see the future, so that no decoder can use them."""
 
 
 def layer_pattern(cfg: ModelConfig) -> tuple[str, ...]:
@@ -51,6 +92,10 @@ def mixer(name: str, cfg: ModelConfig, dtype: Any) -> Mixer:
 def check_mechanisms(cfg: ModelConfig) -> None:
     """Raises ConfigError where cfg.attention names no mixer, or a switch is set that no layer has."""
     for name in layer_pattern(cfg):
+        if name in BIDIRECTIONAL:
+            raise ConfigError(
+                f"model.attention: {name} sees the future, which a decoder must not: use slm.attention.{name}_attention"
+            )
         if name not in MIXERS:
             names = [*MIXERS, *HYBRIDS]
             near = difflib.get_close_matches(name, names, n=1)
