@@ -1,5 +1,6 @@
 """Softmax attention of every implementation against a naive float64 form."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.attention import cached_attention, choose_implementation, softmax_attention
+from slm.attention import cached_attention, choose_implementation, softmax_attention, spans
 from slm.attention.forget import cumulative_forget
 
 B, T, H, K, V = 2, 150, 4, 8, 12  # T spans two blocks and fills neither
@@ -86,6 +87,23 @@ def naive(
     return out
 
 
+# Cases for blocks that run in loops, as those of long sequences do.
+LOOPED = (
+    "grouped", "bidirectional", "window, bidirectional", "window and sinks", "more sinks than window",
+    "window, sinks and segments, bidirectional", "hard forget and segments", "everything",
+)  # fmt: skip
+KINDS = [(case, kind) for case in CASES for kind in ("xla", "blocked", "looped")[: 3 if case in LOOPED else 2]]
+
+
+@contextlib.contextmanager
+def short_loops():
+    """At T = 150: nine blocks and the rest of one, in loops for at most two lengths of spans."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spans, "BLOCK", 16)
+        patch.setattr(spans, "LOOPS", 2)
+        yield
+
+
 DIRECTION = np.asarray(jax.random.normal(jax.random.key(9), (B, T, H, V)))
 FLOATS = ("q", "k", "v", "sink_logits", "log_forget")
 
@@ -98,30 +116,31 @@ def arguments(case):
 
 
 @functools.cache
-def evaluate(case, implementation):
+def evaluate(case, kind):
     """Output, and gradients of its product with DIRECTION by name."""
     floats, options = arguments(case)
+    options["implementation"] = "blocked" if kind == "looped" else kind
 
-    @jax.jit
     def both(floats):
-        f = lambda floats: softmax_attention(**floats, implementation=implementation, **options)  # noqa: E731
-        out, pullback = jax.vjp(f, floats)
+        out, pullback = jax.vjp(lambda floats: softmax_attention(**floats, **options), floats)
         return out, pullback(DIRECTION)[0]
 
-    return both(floats)
+    with short_loops() if kind == "looped" else contextlib.nullcontext():
+        traced = jax.jit(both).trace(floats)
+    assert (" scan[" in str(traced.jaxpr)) == (kind == "looped")
+    return traced.lower().compile()(floats)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blocked"])
-@pytest.mark.parametrize("case", CASES)
-def test_equals_naive_float64(case, implementation):
+@pytest.mark.parametrize(("case", "kind"), KINDS)
+def test_equals_naive_float64(case, kind):
     floats, options = arguments(case)
     expected = naive(**floats, **options)
-    np.testing.assert_allclose(evaluate(case, implementation)[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(evaluate(case, kind)[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_blocked_gradients_equal_autodiff_of_the_dense_form(case):
-    dense, blocked = evaluate(case, "xla")[1], evaluate(case, "blocked")[1]
+@pytest.mark.parametrize(("case", "kind"), [(case, kind) for case, kind in KINDS if kind != "xla"])
+def test_blocked_gradients_equal_autodiff_of_the_dense_form(case, kind):
+    dense, blocked = evaluate(case, "xla")[1], evaluate(case, kind)[1]
     assert set(dense) == set(arguments(case)[0])
     for name, a in dense.items():
         largest = float(jnp.abs(a).max())
@@ -180,19 +199,75 @@ def test_running_sums_of_gates_keep_small_differences_of_large_sums():
     np.testing.assert_allclose(whole[:, 3001:, :, 0], np.cumsum(gates[:, 3001:].astype(np.float64), 1), rtol=2e-7)
 
 
-def test_blocked_skips_what_no_query_sees():
-    shapes = [jax.ShapeDtypeStruct((1, 512, 1, n), "float32") for n in (K, K, V)]
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"window": 20, "sinks": 3}])
+def test_loops_are_causal_to_the_bit(options):
+    """Also across documents; forwards and backwards."""
+    q, k, v, _ = inputs()
+    ids = jnp.broadcast_to(jnp.arange(T) // 83, (B, T))
+    f = lambda *x: softmax_attention(*x, segment_ids=ids, implementation="blocked", **options)  # noqa: E731
+    pull = lambda weights, *x: jax.vjp(f, *x)[1](weights)  # noqa: E731
+    with short_loops():
+        forward, backward = jax.jit(f).lower(q, k, v).compile(), jax.jit(pull).lower(DIRECTION, q, k, v).compile()
+    at = np.arange(T)
+    for t in [0, 15, 16, 70, 82, 83, 144, T - 1]:
+        sees = (at >= t) & (at // 83 == t // 83)
+        if options:
+            sees &= (at - t < options["window"]) | (t % 83 < options.get("sinks", 0))
+        others = (x.at[:, t].add(1.0) for x in (q, k, v))
+        changed = (np.asarray(forward(*others)) != np.asarray(forward(q, k, v))).any((0, 2, 3))
+        np.testing.assert_array_equal(changed, sees)
+        # What the output at t owes to keys and values: the same relation, the other way round.
+        d_q, d_k, d_v = backward(jnp.where((at == t)[:, None, None], DIRECTION, 0), q, k, v)
+        seen = (at <= t) & (at // 83 == t // 83)
+        if options:
+            seen &= (t - at < options["window"]) | (at % 83 < options.get("sinks", 0))
+        np.testing.assert_array_equal((np.asarray(d_v) != 0).any((0, 2, 3)), seen)
+        assert not np.asarray(d_k)[:, ~seen].any()
+        assert not np.asarray(d_q)[:, at != t].any()
 
-    def flops(**options):
-        compiled = jax.jit(lambda q, k, v: softmax_attention(q, k, v, **options)).lower(*shapes).compile()
-        return compiled.cost_analysis()["flops"]
 
-    # 128 + 15 of 512 keys for a window of 16, (128 + 256 + 384 + 512) / 4 of 512 when merely causal
-    assert flops(implementation="blocked", window=16) < 0.35 * flops(implementation="xla", window=16)
-    assert flops(implementation="blocked") < 0.7 * flops(implementation="xla")
-    ids = jnp.arange(512)[None] // 200
-    sinks = {"window": 16, "sinks": 4, "segment_ids": ids}
-    assert flops(implementation="blocked", **sinks) < 0.35 * flops(implementation="xla", **sinks)
+SHAPES = [
+    spans.Shape(causal, window, sinks, None, 1.0)
+    for causal in (True, False)
+    for window, sinks in [(None, 0), (1, 0), (100, 0), (100, 4), (4, 300), (3000, 0)]
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [1, 128, 512, 1024, 1500, 4096])
+def test_spans_hold_all_that_is_visible_and_little_else(shape, length):
+    i, j = np.arange(length)[:, None], np.arange(length)
+    visible = np.asarray(spans.visible(i, j, shape.causal, shape.window)) | np.zeros((length, length), bool)
+    first, last = np.argmax(visible, 1), length - 1 - np.argmax(visible[:, ::-1], 1)
+    if not shape.causal:  # a document may begin at any query
+        last = np.maximum(last, np.minimum(np.arange(length) + shape.sinks, length) - 1)
+    taken, queries = 0, []
+    for loop in spans.loops(length, shape):
+        for start, key in zip(loop.starts, loop.firsts, strict=True):
+            rows = slice(start, start + loop.size)
+            queries += range(length)[rows]
+            assert 0 <= key <= first[rows].min()
+            assert last[rows].max() < key + loop.length <= length
+            taken += loop.size * loop.length
+    assert queries == list(range(length))
+    exact = (last - first + 1).sum()
+    # Half a block too much at either end of a span, and what `LOOPS` says of those that are not as long as a window.
+    rounded = length * min(length, max(shape.window or length, shape.sinks)) / 16 if length > 1024 else 0
+    assert taken <= exact + length * spans.BLOCK * (1 if shape.causal else 2) + rounded
+
+
+def test_programs_of_long_sequences_stay_small():
+    def program(length, **options):
+        x = jax.ShapeDtypeStruct((1, length, 1, K), "float32")
+        f = lambda q, k, v: softmax_attention(q, k, v, implementation="blocked", **options).sum()  # noqa: E731
+        return jax.jit(jax.grad(f, (0, 1, 2))).trace(x, x, x)
+
+    for options in ({}, {"window": 300}, {"window": 5000, "sinks": 4}, {"window": 300, "causal": False}):
+        sizes = [str(program(length, **options).jaxpr).count("dot_general") for length in (4096, 32768)]
+        assert sizes[1] <= max(sizes[0], 7 * spans.LOOPS)
+    for options in ({"causal": False}, {"window": 300}):  # the quickest to compile
+        memory = program(8192, **options).lower().compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 0.1 * 4 * 8192**2
 
 
 def test_half_precision_accumulates_in_float32():

@@ -2,43 +2,18 @@
 
 Only the keys that a block's queries can see take part: half the square when causal, a band with a window, and the
 sinks. Saved are q, k, v, the output and each row's log-normaliser; weights are recomputed, so memory grows with T, not
-T^2. Few blocks are written out one after another; many are run in a few loops, whose blocks take equally many keys, so
-that the size of the program does not grow with T.
+T^2. Blocks that take equally many keys run in one loop, so that the program does not grow with T.
 """
 
 import functools
-import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-BLOCK = 128
-"""Queries handled at once."""
-LOOPS = 8
-"""Causal attention takes its keys in at most so many different lengths: 1/16 of the square too much at worst."""
-
-
-class Shape(NamedTuple):
-    """The static part of a request."""
-
-    causal: bool
-    window: int | None
-    sinks: int
-    softcap: float | None
-    scale: float
-
-
-def visible(i, j, causal, window, sunk=False):
-    """Whether query position i sees key position j, elementwise; `sunk` says which keys are sinks."""
-    keep = j <= i if causal else jnp.ones(jnp.broadcast_shapes(i.shape, j.shape), bool)
-    if window is not None:
-        near = i - j < window if causal else jnp.abs(i - j) < window
-        keep &= near | sunk
-    return keep
+from slm.attention.spans import Block, Shape, block_at, loops, visible
 
 
 def blocked_attention(q, k, v, documents, sink_logits, forget, shape: Shape):
@@ -65,7 +40,7 @@ def _attention(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxV, documents, sink_GxR, forget, s
 
 
 def _forward(q, k, v, documents, sink, forget, shape):
-    def attend(_, block: _Block):
+    def attend(_, block: Block):
         _, logits = _logits(q, k, documents, forget, block, shape)
         top = logits.max(-1)
         if sink is not None:
@@ -88,7 +63,7 @@ def _backward(shape, residuals, d_out):
     # sum_j p_j dp_j of the softmax's Jacobian, from the output alone (Dao et al. 2022, eq. 4).
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
-    def owe(totals, block: _Block):
+    def owe(totals, block: Block):
         d_k, d_v, d_keys_forget = totals
         capped, logits = _logits(q, k, documents, forget, block, shape)
         d_out_rows = block.rows(d_out, 3)
@@ -124,92 +99,26 @@ def _backward(shape, residuals, d_out):
 _attention.defvjp(_forward, _backward)
 
 
-class _Block(NamedTuple):
-    """A block of queries, and the keys that any of them can see: sinks before its span, then the span."""
-
-    start: Any
-    size: int
-    first: Any
-    length: int
-    """Of the span, which begins at `first`."""
-    sinks_BxN: jax.Array | None
-    """Where sinks stand before the span. None without any."""
-    needed: jax.Array | None
-    """Which of these keys are no repetition, (B, keys). None: all."""
-
-    def rows(self, x, axis):
-        """The entries of x at these queries, which stand along `axis`."""
-        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis)
-
-    def keys(self, x, axis):
-        """The entries of x (B, ...) at these keys, which stand along `axis`."""
-        near = jax.lax.dynamic_slice_in_dim(x, self.first, self.length, axis)
-        if self.sinks_BxN is None:
-            return near
-        at = self.sinks_BxN.reshape([-1 if i == axis else n if i == 0 else 1 for i, n in enumerate(x.shape)])
-        return jnp.concatenate([jnp.take_along_axis(x, at, axis), near], axis)
-
-    def add(self, total, part):
-        """`total` (B, ..., T) with `part` (B, ..., keys of this block) added at these keys."""
-        N = 0 if self.sinks_BxN is None else self.sinks_BxN.shape[1]
-        axis = total.ndim - 1
-        near = jax.lax.dynamic_slice_in_dim(total, self.first, self.length, axis) + part[..., N:]
-        total = jax.lax.dynamic_update_slice_in_dim(total, near, self.first, axis)
-        if N:
-            total = jax.vmap(lambda row, at, piece: row.at[..., at].add(piece))(total, self.sinks_BxN, part[..., :N])
-        return total
-
-
 def _run(step: Callable, totals, q, documents, shape: Shape):
-    """(totals, rows) of `step(totals, block) -> (totals, rows)` over all blocks of queries; rows are joined along axis
-    3, which is that of the queries."""
-    B, T = q.shape[0], q.shape[3]
+    """(totals, rows) of `step(totals, block) -> (totals, rows)` over all blocks; rows are joined along axis 3, that of
+    the queries."""
+    B, _, _, T = q.shape[:4]
     pieces = []
-    for starts, firsts, size, length in _loops(T, shape):
-        N = min(shape.sinks, firsts[-1])
+    for loop in loops(T, shape):
 
-        def block(start, first, size=size, length=length, N=N):
-            if not N:
-                return _Block(start, size, first, length, None, None)
-            # Documents are contiguous: only the one that `first` stands in has sinks before `first` that are seen.
-            begin = jnp.zeros((B, 1), jnp.int32)
-            if documents is not None:
-                begin = jax.lax.dynamic_slice_in_dim(documents, first, 1, 1)
-            at = begin + jnp.arange(N)
-            needed = jnp.pad(at < first, ((0, 0), (0, length)), constant_values=True)
-            return _Block(start, size, first, length, jnp.clip(at, 0, T - 1), needed)
+        def turn(totals, at, loop=loop):
+            return step(totals, block_at(loop, *at, B, T, documents, shape))
 
-        if len(starts) == 1:
-            totals, rows = step(totals, block(starts[0], firsts[0]))
+        if len(loop.starts) == 1:
+            totals, rows = turn(totals, (loop.starts[0], loop.firsts[0]))
         else:
-            xs = jnp.array(starts), jnp.array(firsts)
-            totals, rows = jax.lax.scan(lambda totals, x, block=block: step(totals, block(*x)), totals, xs)
+            totals, rows = jax.lax.scan(turn, totals, (jnp.array(loop.starts), jnp.array(loop.firsts)))
             rows = jax.tree.map(lambda x: jax.lax.collapse(jnp.moveaxis(x, 0, 3), 3, 5), rows)
         pieces.append(rows)
     return totals, jax.tree.map(lambda *x: jnp.concatenate(x, 3), *pieces)
 
 
-def _loops(T: int, shape: Shape):
-    """[(starts of blocks, starts of their spans of keys, size of these blocks, length of these spans)]."""
-    near = shape.window or T
-    # Sinks of a document that begins in a block may lie ahead of its queries' windows, but not causally.
-    ahead = 0 if shape.causal else max(near, shape.sinks) - 1
-    longest = min(T, near - 1 + BLOCK + ahead)
-    step = -(-T // (LOOPS * BLOCK)) * BLOCK
-
-    def sizes(start):
-        size = min(BLOCK, T - start)
-        length = min(T, start + size + ahead) - max(0, start - near + 1)
-        return size, min(longest, -(-length // step) * step)
-
-    loops = []
-    for (size, length), starts in itertools.groupby(range(0, T, BLOCK), sizes):
-        starts = list(starts)
-        loops.append((starts, [max(0, min(start - near + 1, T - length)) for start in starts], size, length))
-    return loops
-
-
-def _logits(q, k, documents, forget, block: _Block, shape: Shape):
+def _logits(q, k, documents, forget, block: Block, shape: Shape):
     """Scaled and capped logits (B, G, R, T, S) float32 of one block, and these with gates and mask."""
     capped = _einsum("BGRTK,BGSK->BGRTS", block.rows(q, 3), block.keys(k, 2)) * shape.scale
     if shape.softcap is not None:
@@ -218,10 +127,7 @@ def _logits(q, k, documents, forget, block: _Block, shape: Shape):
     if forget is not None:
         high, low = (block.rows(x, 3)[..., None] - block.keys(x, 3)[..., None, :] for x in forget)
         logits += high + low
-    i, j = (block.start + jnp.arange(block.size))[:, None], block.first + jnp.arange(block.length)[None]
-    if block.sinks_BxN is not None:
-        j = jnp.concatenate([block.sinks_BxN, jnp.broadcast_to(j, (len(q), block.length))], 1)
-    j = j[:, None, :]
+    i, j = block.positions()
     keep, begin = True, 0
     if documents is not None:
         begin = block.keys(documents, 1)[:, None, :]

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from slm.attention.blocked import BLOCK, Shape, blocked_attention, visible
+from slm.attention.blocked import blocked_attention
 from slm.attention.forget import cumulative_forget, document_starts
+from slm.attention.spans import BLOCK, Shape, visible
 
 
 def softmax_attention(
