@@ -18,10 +18,12 @@ EMPTY, WHOLE = 0, 1
 
 
 class Work(NamedTuple):
-    """Query blocks that need about equally many key blocks, in equal portions of P, which a scan goes over."""
+    """Query blocks with about equally many key blocks each, in portions of P different ones, which a scan goes over."""
 
     rows: np.ndarray
-    """(portions, P) numbers of query blocks; N fills up the last portion."""
+    """(portions, P) numbers of query blocks; N fills up a portion."""
+    leads: np.ndarray
+    """(portions, P) bool: whether these are the first key blocks of the query block, whose others come apart."""
     keys: np.ndarray
     """(portions, P, n) numbers of key blocks."""
     kinds: np.ndarray
@@ -49,19 +51,30 @@ class BlockTable:
         return int(blocks @ self.masks.sum((1, 2), dtype=np.int64))
 
     def work(self, portion: int) -> list[Work]:
-        """What there is to compute, in portions of about `portion` blocks."""
-        counts, works = (self.kinds != EMPTY).sum(1), []
-        for rows in _groups(counts):
-            n = counts[rows].max()
-            portions = -(-len(rows) * n // max(n, portion))
-            P = -(-len(rows) // portions)
-            keys, kinds = np.zeros((2, portions * P, n), np.int32)
-            for at, row in enumerate(rows):
-                needed = np.flatnonzero(self.kinds[row])
-                keys[at, : len(needed)], kinds[at, : len(needed)] = needed, self.kinds[row, needed]
-            filled = np.full(portions * P, len(self.kinds), np.int32)
-            filled[: len(rows)] = rows
-            works.append(Work(filled.reshape(portions, P), keys.reshape(portions, P, n), kinds.reshape(portions, P, n)))
+        """What there is to compute, in portions of about `portion` blocks. Of one query block at most as many come at
+        once (but at least 4, at most 16), so that a portion stays small."""
+        most, parts, works = min(max(portion, 4), 16), [], []
+        for row, kinds in enumerate(self.kinds):
+            needed = np.flatnonzero(kinds)
+            pieces = np.array_split(needed, -(-len(needed) // most)) if len(needed) else []
+            parts += [(number, row, piece) for number, piece in enumerate(pieces)]
+        parts.sort(key=lambda part: part[:2])
+        sizes = np.array([len(piece) for *_, piece in parts], int)
+        for chosen in _groups(sizes):
+            n = sizes[chosen].max()
+            P = -(-len(chosen) // -(-len(chosen) * n // max(n, portion)))
+            portions = [{}]
+            for number, row, piece in (parts[at] for at in chosen):
+                if len(portions[-1]) == P or row in portions[-1]:
+                    portions.append({})
+                portions[-1][row] = number, piece
+            rows, leads = np.full((len(portions), P), len(self.kinds), np.int32), np.zeros((len(portions), P), bool)
+            keys, kinds = np.zeros((2, len(portions), P, n), np.int32)
+            for at, portion_ in enumerate(portions):
+                for p, (row, (number, piece)) in enumerate(portion_.items()):
+                    rows[at, p], leads[at, p] = row, number == 0
+                    keys[at, p, : len(piece)], kinds[at, p, : len(piece)] = piece, self.kinds[row, piece]
+            works.append(Work(rows, leads, keys, kinds))
         return works
 
 

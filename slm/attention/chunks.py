@@ -88,8 +88,8 @@ def _backward(C, n, residuals, cotangents):
 _chunked.defvjp(_forward, _backward)
 
 
-# Below, Z = B n counts the chunks that are taken at once; C and S are time in a chunk, for queries and for keys. Heads
-# stay an axis of their own, so that a mesh may shard them as well as B.
+# Below, Z = B n counts the chunks that are taken at once; C and S are time in a chunk (or in one of its N or P parts),
+# for queries and for keys. Heads stay an axis of their own, so that a mesh may shard them as well as B.
 
 
 def _take(x_BxTxHxK, i, C: int, n: int):

@@ -161,9 +161,7 @@ def check(q, k, v, log_decay, form, chunk, initial_state, segment_ids, reset_sta
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}: must be at least 1 token")
     if implementation == "pallas" and form != "chunked":
-        raise ValueError(
-            f'implementation = "pallas": the kernel has the chunked form only, not {form}; use xla or auto'
-        )
+        raise ValueError(f'implementation = "pallas": the kernel has the chunked form only, not {form}: use xla')
     if implementation not in ("auto", "xla", "pallas"):
         raise ValueError(f"implementation = {implementation!r}: must be auto, xla or pallas")
     if segment_ids is not None and segment_ids.shape != (B, T):

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from slm.attention.block_table import EMPTY, BlockTable, Work, block_table
@@ -75,25 +74,27 @@ def attend(q_BxGxNxRxtxK, k_BxGxNxsxK, v_BxGxNxsxV, documents, shape):
 
 
 def _forward(q, k, v, documents, shape):
-    k_sideways = _sideways(k)
-
-    def portion(_, work):
+    def portion(carry, work):
         near = _Near.of(work, documents, shape)
-        logits = near.logits(q, k_sideways, shape)
-        # Bounded, so that a row without any key comes to exp(-1e30 + 1e29) = 0.
-        top = jnp.maximum(logits.max((-2, -1)), -1e29)
-        weights = jnp.exp(logits - top[..., None, None])
-        total = weights.sum((-2, -1))
+        logits = near.logits(q, k, shape)
+        # A query block may come by several times, each time with other keys (Milakov and Gimelshein 2018, algorithm 3).
+        old_top, old_total, old_out = map(near.rows, carry)
+        top = jnp.maximum(old_top, logits.max((-2, -1)))
+        weights, fading = jnp.exp(logits - top[..., None, None]), jnp.exp(old_top - top)
+        total = old_total * fading + weights.sum((-2, -1))
         out = _einsum("BGPRtns,BGPnsV->BGPRtV", weights.astype(v.dtype), near.columns(v))
-        sees = jnp.where(total > 0, total, 1)
-        return None, ((out / sees[..., None]).astype(q.dtype), jnp.where(total > 0, top, 0) + jnp.log(sees))
+        return jax.tree.map(near.put, carry, (top, total, out + old_out * fading[..., None])), None
 
-    works = shape.works(k, q.shape[3])
-    parts = [jax.lax.scan(portion, None, work)[1] for work in works]
-    out = _in_order(works, [out for out, _ in parts], (*q.shape[:-1], v.shape[-1]), q.dtype)
-    log_z = _in_order(works, [log_z for _, log_z in parts], q.shape[:-1], jnp.float32)
+    # Bounded, so that a row without any key comes to exp(-1e30 + 1e29) = 0.
+    top, total = jnp.full(q.shape[:-1], -1e29), jnp.zeros(q.shape[:-1])
+    carry = top, total, jnp.zeros((*q.shape[:-1], v.shape[-1]))
+    for work in shape.works(k, q.shape[3]):
+        carry, _ = jax.lax.scan(portion, carry, work)
+    top, total, out = carry
+    sees = jnp.where(total > 0, total, 1)
     # Named, so that a remat policy can keep them: from these the backward pass needs no second forward pass.
-    out, log_z = checkpoint_name(out, "attention"), checkpoint_name(log_z, "attention")
+    out = checkpoint_name((out / sees[..., None]).astype(q.dtype), "attention")
+    log_z = checkpoint_name(jnp.where(total > 0, top, 0) + jnp.log(sees), "attention")
     return out, (q, k, v, documents, out, log_z)
 
 
@@ -101,14 +102,14 @@ def backward(shape, residuals, d_out):
     q, k, v, documents, out, log_z = residuals
     # sum_j p_j dp_j of the softmax's Jacobian, from the output alone (Dao et al. 2022, eq. 4).
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    k_sideways, v_sideways = _sideways(k), _sideways(v)
 
-    def portion(d_kv, work):
+    def portion(carry, work):
+        d_q, d_k, d_v = carry
         near = _Near.of(work, documents, shape)
-        logits = near.logits(q, k_sideways, shape)
+        logits = near.logits(q, k, shape)
         rows, d_rows = near.rows(q), near.rows(d_out)
         weights = jnp.exp(logits - near.rows(log_z)[..., None, None])
-        d_weights = _einsum("BGPRtV,BGPnVs->BGPRtns", d_rows, near.columns(v_sideways))
+        d_weights = _einsum("BGPRtV,BGPnsV->BGPRtns", d_rows, near.columns(v))
         d_logits = weights * (d_weights - near.rows(inner)[..., None, None])
         if shape.softcap is not None:
             d_logits *= 1 - (jnp.where(logits > -1e29, logits, 0) / shape.softcap) ** 2
@@ -116,19 +117,16 @@ def backward(shape, residuals, d_out):
         weights, d_logits = jax.lax.optimization_barrier(
             (weights.astype(v.dtype), (d_logits * shape.scale).astype(q.dtype))
         )
-        d_q = _einsum("BGPRtns,BGPnsK->BGPRtK", d_logits, near.columns(k)).astype(q.dtype)
+        d_q = near.put(d_q, near.rows(d_q) + _einsum("BGPRtns,BGPnsK->BGPRtK", d_logits, near.columns(k)))
         # Transposed products: the operand that XLA:CPU copies to transpose is then the small one, not (t, n s).
-        d_k = _einsum("BGPRtK,BGPRtns->BGPKns", rows, d_logits)
-        d_v = _einsum("BGPRtV,BGPRtns->BGPVns", d_rows, weights)
-        return tuple(near.add(d_x, jnp.moveaxis(part, 4, 3)) for d_x, part in zip(d_kv, (d_k, d_v))), d_q
+        d_k = near.add(d_k, jnp.moveaxis(_einsum("BGPRtK,BGPRtns->BGPKns", rows, d_logits), 3, 5))
+        d_v = near.add(d_v, jnp.moveaxis(_einsum("BGPRtV,BGPRtns->BGPVns", d_rows, weights), 3, 5))
+        return (d_q, d_k, d_v), None
 
-    works, parts = shape.works(k, q.shape[3]), []
-    d_kv = jnp.zeros(k_sideways.shape, jnp.float32), jnp.zeros(v_sideways.shape, jnp.float32)
-    for work in works:
-        d_kv, d_q = jax.lax.scan(portion, d_kv, work)
-        parts.append(d_q)
-    d_k, d_v = (d_x.swapaxes(3, 4).astype(k.dtype) for d_x in d_kv)
-    return _in_order(works, parts, q.shape, q.dtype), d_k, d_v, None
+    carry = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    for work in shape.works(k, q.shape[3]):
+        carry, _ = jax.lax.scan(portion, carry, work)
+    return *(d_x.astype(x.dtype) for d_x, x in zip(carry, (q, k, v))), None
 
 
 attend.defvjp(_forward, backward)
@@ -168,6 +166,9 @@ class _Near(NamedTuple):
         """Of these query blocks; zeros where there is none."""
         return jnp.take(x_BxGxN, self.blocks_P, axis=2, mode="fill", fill_value=0)
 
+    def put(self, x_BxGxN, rows_BxGxP):
+        return x_BxGxN.at[:, :, self.blocks_P].set(rows_BxGxP, mode="drop")
+
     def columns(self, x_BxGxN):
         """(B, G, P, n, ...) of these key blocks."""
         keys = jnp.broadcast_to(self.keys_BxPxn, (len(x_BxGxN), *self.keys_BxPxn.shape[1:]))
@@ -184,9 +185,9 @@ class _Near(NamedTuple):
         x_BxNxb = jnp.broadcast_to(x_BxNxb, (len(self.keys_BxPxn), *x_BxNxb.shape[1:]))
         return self.columns(x_BxNxb[:, None])[:, 0, :, None]
 
-    def logits(self, q, k_sideways, shape: Shape):
+    def logits(self, q, k, shape: Shape):
         """Scaled, capped, masked (B, G, P, R, t, n, s) float32."""
-        logits = _einsum("BGPRtK,BGPnKs->BGPRtns", self.rows(q), self.columns(k_sideways)) * shape.scale
+        logits = _einsum("BGPRtK,BGPnsK->BGPRtns", self.rows(q), self.columns(k)) * shape.scale
         if shape.softcap is not None:
             logits = shape.softcap * jnp.tanh(logits / shape.softcap)
         # Finite, so that a row without any key stays NaN-free; it underflows to exactly 0 in every other row.
@@ -200,24 +201,10 @@ def _with_first(work, positions_BxNxb, keys_BxPxn, needed_BxPxn, shape):
     begins_BxN = jnp.arange(N) * b - positions_BxNxb[:, :, 0]
     begins_BxP = jnp.take(begins_BxN, work.rows, axis=1, mode="clip")
     first = begins_BxP[..., None] // b + jnp.arange(shape.first_blocks)
-    twice = ((first[..., None] == keys_BxPxn[:, :, None]) & needed_BxPxn[:, :, None]).any(-1)
-    needed = ~twice & (first >= 0) & (first <= work.rows[:, None])
+    rows = work.rows[:, None]
+    twice = jnp.asarray(shape.table.kinds != EMPTY).at[rows, first].get(mode="clip")
+    needed = work.leads[:, None] & ~twice & (first >= 0) & (first <= rows)
     return jnp.concatenate([keys_BxPxn, first], -1), jnp.concatenate([needed_BxPxn, needed], -1)
-
-
-def _in_order(works, parts, to, dtype):
-    """Portions' results (portions, B, G, P, ...) as (B, G, N, ...) = `to`; zeros where no portion has a row."""
-    flat = [jnp.moveaxis(part, 0, 2).reshape(*to[:2], -1, *to[3:]) for part in parts]
-    rows = np.concatenate([work.rows.ravel() for work in works] or [np.zeros(0, np.int32)])
-    place = np.full(to[2] + 1, len(rows))
-    place[rows] = np.arange(len(rows))
-    zeros = jnp.zeros((*to[:2], 1, *to[3:]), dtype)
-    return jnp.take(jnp.concatenate([*flat, zeros], 2), place[:-1], axis=2)
-
-
-def _sideways(x_BxGxNxsxK):
-    """(B, G, N, K, s). Transposed once, not in each portion, which XLA would do for products that sum over K."""
-    return jax.lax.optimization_barrier(x_BxGxNxsxK.swapaxes(3, 4))
 
 
 def _einsum(equation, *operands):

@@ -35,8 +35,8 @@ def decay_attention(
       segment_ids: (B, T) integers: where they differ from the token before, the state becomes `reset_state` before
         that token is taken. The first token always continues `initial_state`.
       reset_state: (H, K, V); None: zeros.
-      implementation: "xla"; "pallas" an accelerator kernel (interpreted, slowly, on a CPU) of the chunked form's forward
-        pass, which serves no decay per channel; "auto" is "xla": the kernel is unmeasured.
+      implementation: "xla"; "pallas" an accelerator kernel (interpreted, slowly, on a CPU) for the forward pass of the
+        chunked form, which serves no decay per channel; "auto" is "xla": the kernel is unmeasured.
 
     Returns:
       (out (B, T, H, V) of v's dtype, final_state (B, H, K, V) float32 after the last token).
@@ -96,7 +96,7 @@ def check(q, k, v, log_decay, initial_state, segment_ids, reset_state, form, chu
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}: must be at least 1")
     if implementation == "pallas" and form != "chunked":
-        raise ValueError(f'implementation = "pallas": the kernel has the chunked form only, not {form}; use xla or auto')
+        raise ValueError(f'implementation = "pallas": the kernel has the chunked form only, not {form}: use xla')
     if implementation not in ("auto", "xla", "pallas"):
         raise ValueError(f"implementation = {implementation!r}: must be auto, xla or pallas")
 
