@@ -52,8 +52,8 @@ class BlockTable:
 
     def work(self, portion: int) -> list[Work]:
         """What there is to compute, in portions of about `portion` blocks. Of one query block at most as many come at
-        once (but at least 4, at most 16), so that a portion stays small."""
-        most, parts, works = min(max(portion, 4), 16), [], []
+        once (but 4 to 16), so that what is computed at once stays small."""
+        most, parts, works = min(max(2 * portion, 4), 16), [], []
         for row, kinds in enumerate(self.kinds):
             needed = np.flatnonzero(kinds)
             pieces = np.array_split(needed, -(-len(needed) // most)) if len(needed) else []

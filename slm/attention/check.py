@@ -2,7 +2,7 @@
 
     python -m slm.attention.check [--json FILE] [--dtype float32|bfloat16] [--only NAME]
 
-Prints a table and returns 1 if anything fails. Inputs are small (150 tokens, chunks of 32, ragged, three documents, a
+Prints a table and returns 1 if anything fails. Inputs are small (150 tokens, chunks of 16, ragged, three documents, a
 state to begin with, decays of up to -15 a step). Errors: of the output and the final state the largest, relative to the
 largest entry; of gradients the Euclidean norm, relative to the gradient's own, of the worst argument, estimated from
 random directions in which the definition is differentiated by finite differences. float32 is compared at
@@ -89,7 +89,7 @@ def cases(dtype: str) -> list[Case]:
 
     def recurrence(function, kernel=None, **options):
         """`kernel`: why there is none."""
-        forms = {form: functools.partial(function, form=form, chunk=32, **options) for form in ("recurrent", "chunked")}
+        forms = {form: functools.partial(function, form=form, chunk=16, **options) for form in ("recurrent", "chunked")}
         return forms | {pallas: kernel or functools.partial(forms["chunked"], implementation="pallas")}
 
     inside = {"segment_ids": SEGMENTS}
@@ -232,7 +232,7 @@ def _log_linear(**arrays):
     if arrays["segment_ids"] is not None:
         positions = np.array([[t - max(s for s in starts if s <= t) for t in range(T)] for starts in STARTS])
     # The state of the recurrent form, one a level, is not in the paper.
-    return attention.log_linear_attention(**arrays, positions=positions, chunk=32)[0], None
+    return attention.log_linear_attention(**arrays, positions=positions, chunk=16)[0], None
 
 
 def evaluate(case: Case, arrays: dict):
