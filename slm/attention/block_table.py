@@ -51,42 +51,63 @@ class BlockTable:
         return int(blocks @ self.masks.sum((1, 2), dtype=np.int64))
 
     def work(self, portion: int) -> list[Work]:
-        """What there is to compute, in portions of about `portion` blocks. Of one query block at most as many come at
-        once (but 4 to 16), so that what is computed at once stays small."""
-        most, parts, works = min(max(2 * portion, 4), 16), [], []
-        for row, kinds in enumerate(self.kinds):
-            needed = np.flatnonzero(kinds)
-            pieces = np.array_split(needed, -(-len(needed) // most)) if len(needed) else []
-            parts += [(number, row, piece) for number, piece in enumerate(pieces)]
-        parts.sort(key=lambda part: part[:2])
-        sizes = np.array([len(piece) for *_, piece in parts], int)
-        for chosen in _groups(sizes):
-            n = sizes[chosen].max()
-            P = -(-len(chosen) // -(-len(chosen) * n // max(n, portion)))
-            portions = [{}]
-            for number, row, piece in (parts[at] for at in chosen):
-                if len(portions[-1]) == P or row in portions[-1]:
-                    portions.append({})
-                portions[-1][row] = number, piece
-            rows, leads = np.full((len(portions), P), len(self.kinds), np.int32), np.zeros((len(portions), P), bool)
-            keys, kinds = np.zeros((2, len(portions), P, n), np.int32)
-            for at, portion_ in enumerate(portions):
-                for p, (row, (number, piece)) in enumerate(portion_.items()):
-                    rows[at, p], leads[at, p] = row, number == 0
-                    keys[at, p, : len(piece)], kinds[at, p, : len(piece)] = piece, self.kinds[row, piece]
-            works.append(Work(rows, leads, keys, kinds))
-        return works
+        """What there is to compute, in portions of about `portion` blocks; of one query block 4 to 16 at once, so that
+        a portion stays small and few sizes are compiled."""
+        most = min(max(2 * portion, 4), 16)
+        rows = [np.flatnonzero(kinds) for kinds in self.kinds]
+        parts = [
+            _Part(number, row, keys)
+            for row, needed in enumerate(rows)
+            for number, keys in enumerate(np.array_split(needed, -(-len(needed) // most)) if len(needed) else [])
+        ]
+        parts.sort(key=lambda part: part.number)
+        sizes = np.array([len(part.keys) for part in parts], int)
+        return [self._filled(_portions([parts[at] for at in chosen], portion)) for chosen in _groups(sizes)]
+
+    def _filled(self, portions: list[list["_Part"]]) -> Work:
+        P = max(map(len, portions))
+        n = max(len(part.keys) for parts in portions for part in parts)
+        rows, leads = np.full((len(portions), P), len(self.kinds), np.int32), np.zeros((len(portions), P), bool)
+        keys, kinds = np.zeros((2, len(portions), P, n), np.int32)
+        for at, parts in enumerate(portions):
+            for p, part in enumerate(parts):
+                rows[at, p], leads[at, p] = part.row, part.number == 0
+                keys[at, p, : len(part.keys)], kinds[at, p, : len(part.keys)] = (
+                    part.keys,
+                    self.kinds[part.row, part.keys],
+                )
+        return Work(rows, leads, keys, kinds)
 
 
-def _groups(counts: np.ndarray, waste: float = 0.05) -> list[np.ndarray]:
-    """Rows with counts above 0 in groups, each of which will be filled up to its largest count: as many groups as keep
-    that below (1 + waste) times the sum of counts, but at most 8, and one for little work: each is compiled apart."""
-    sizes, where, rows = np.unique(-counts[counts > 0], return_inverse=True, return_counts=True)
-    if not len(sizes):
+class _Part(NamedTuple):
+    """Key blocks of one query block."""
+
+    number: int
+    row: int
+    keys: np.ndarray
+
+
+def _portions(parts: list[_Part], portion: int) -> list[list[_Part]]:
+    """Parts of different rows together, as many as make about `portion` blocks."""
+    n = max(len(part.keys) for part in parts)
+    P = -(-len(parts) // -(-len(parts) * n // max(n, portion)))
+    portions = [[]]
+    for part in parts:
+        if len(portions[-1]) == P or any(part.row == other.row for other in portions[-1]):
+            portions.append([])
+        portions[-1].append(part)
+    return portions
+
+
+def _groups(counts: np.ndarray, waste: float = 0.1) -> list[np.ndarray]:
+    """Indices in groups, each of which will be filled up to its largest count: as many groups as keep that below
+    (1 + waste) times the sum of counts, but at most 8, and one for little work: each is compiled apart."""
+    if not len(counts):
         return []
+    sizes, where, rows = np.unique(-counts, return_inverse=True, return_counts=True)
     sizes, before = -sizes, np.concatenate([[0], np.cumsum(rows)])  # sizes descend
     cost = np.where(before[1:] > before[:-1, None], sizes[:, None] * (before[1:] - before[:-1, None]), np.inf)
-    best, ways, most = cost[0], [], min(8, 1 + counts.sum() // 64)  # best[e]: least work for sizes 0 ... e
+    best, ways, most = cost[0], [], min(8, 1 + counts.sum() // 32)  # best[e]: least work for sizes 0 ... e
     while len(ways) + 1 < most and best[-1] > (1 + waste) * counts.sum():
         options = np.concatenate([[np.inf], best[:-1]])[:, None] + cost  # [first of the last group, e]
         ways.append(options.argmin(0))
@@ -95,7 +116,7 @@ def _groups(counts: np.ndarray, waste: float = 0.05) -> list[np.ndarray]:
     for way in reversed(ways):
         ends.append(way[ends[-1] - 1])
     group = np.searchsorted(np.sort(ends), where, side="right")
-    return [np.flatnonzero(counts > 0)[group == g] for g in np.unique(group)]
+    return [np.flatnonzero(group == g) for g in np.unique(group)]
 
 
 @functools.lru_cache(maxsize=64)
