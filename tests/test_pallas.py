@@ -120,8 +120,10 @@ def test_gradients_are_those_of_xla(case):
     close(ours, theirs, 5e-5)
 
 
-def test_values_beyond_one_block():
+@pytest.mark.parametrize("launch", ["_as_grid", "_as_loop"])
+def test_values_beyond_one_block(launch, monkeypatch):
     """Two programs share the values of a head."""
+    monkeypatch.setattr(sequence, "_as_grid", getattr(sequence, launch))
     rng = np.random.default_rng(1)
     q, k = (jnp.asarray(rng.normal(size=(1, 20, 1, 4)), jnp.float32) for _ in range(2))
     v = jnp.asarray(rng.normal(size=(1, 20, 1, 140)), jnp.float32)
