@@ -86,7 +86,7 @@ class MixerConfig:
     """Size of the rotated part that MLA adds to each head, its keys shared by all; 0: half a head."""
     chunk: int | None = None
     """Tokens that a chunked recurrence takes at once; changes speed, not the mathematics."""
-    implementation: Literal["auto", "xla", "blocked", "cudnn", "pallas"] | None = None
+    implementation: Literal["auto", "xla", "blocked", "cudnn", "tokamax", "pallas"] | None = None
     """Backend of the mechanism; a named one that cannot serve the request raises."""
 
 

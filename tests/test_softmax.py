@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -336,3 +338,31 @@ def test_a_backend_that_cannot_serve_refuses():
         softmax_attention(q, k[:, :, :3], v[:, :, :3])
     with pytest.raises(ValueError, match="window"):
         softmax_attention(q, k, v, window=0)
+
+
+def test_tokamax_is_asked_for_the_same_attention(monkeypatch):
+    """Its function is jax.nn's with a soft cap, which this stand-in leaves out: the package itself is optional."""
+
+    def stand_in(q, k, v, *, logits_soft_cap, **options):
+        assert logits_soft_cap is None
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(dot_product_attention=stand_in))
+    q, k, v, options = inputs(segments=True)
+    v = v[..., :K]
+    for wanted in (
+        {},
+        {"window": 3},
+        {"window": 3, "causal": False},
+        {"scale": 0.7},
+        {"segment_ids": options["segment_ids"]},
+    ):
+        ours = softmax_attention(q, k, v, implementation="tokamax", **wanted)
+        np.testing.assert_allclose(
+            ours, softmax_attention(q, k, v, implementation="xla", **wanted), rtol=2e-5, atol=2e-6
+        )
+    with pytest.raises(ValueError, match="cannot serve sinks"):
+        softmax_attention(q, k, v, implementation="tokamax", sinks=2)
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(ValueError, match="pip install tokamax"):
+        softmax_attention(q, k, v, implementation="tokamax")

@@ -151,3 +151,7 @@ def test_impossible_switches_are_refused():
     for name, switches in [("streaming", {}), ("softmax", {"softcap": 3.0}), ("forgetting", {}), ("mla", {})]:
         with pytest.raises(ConfigError, match="cudnn"):
             made(name, implementation="cudnn", **switches)
+    for name, switches in [("streaming", {}), ("forgetting", {}), ("softmax", {"sink_logits": True})]:
+        with pytest.raises(ConfigError, match="tokamax serves"):
+            made(name, implementation="tokamax", **switches)
+    made("softmax", implementation="tokamax", softcap=3.0)

@@ -11,6 +11,7 @@ jax.default_matmul_precision("highest"), which GPUs and TPUs do not have by defa
 
 import argparse
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -79,20 +80,22 @@ def cases(dtype: str) -> list[Case]:
     beta = {"beta": 2 * rng.random((B, T, H))}
     pallas = "pallas" if platform in ("gpu", "tpu") else "pallas (interpreted)"
 
-    def softmax(*names, cudnn=None, **options):
+    def softmax(*names, cudnn=None, tokamax=None, **options):
         if cudnn is None and not (platform == "gpu" and half):
             cudnn = "needs a GPU and a half type"
+        if tokamax is None and not importlib.util.find_spec("tokamax"):
+            tokamax = "not installed"
         forms = {}
-        for name in (*names, "cudnn"):
+        for name in (*names, "cudnn", "tokamax"):
             forms[name] = stateless(attention.softmax_attention, implementation=name, **options)
-        return forms | ({"cudnn": cudnn} if cudnn else {})
+        return forms | ({"cudnn": cudnn} if cudnn else {}) | ({"tokamax": tokamax} if tokamax else {})
 
     def recurrence(function, kernel=None, **options):
         """`kernel`: why there is none."""
         forms = {form: functools.partial(function, form=form, chunk=16, **options) for form in ("recurrent", "chunked")}
         return forms | {pallas: kernel or functools.partial(forms["chunked"], implementation="pallas")}
 
-    inside = {"segment_ids": SEGMENTS}
+    inside, refused = {"segment_ids": SEGMENTS}, "does not serve these"
     pattern = patterns.causal & (patterns.window(8) | patterns.global_tokens(3))
     index = {"index_q": normal(1, T, 2, K), "index_k": normal(1, T, K), "index_w": normal(1, T, 2)}
     index = {name: _rounded(name, x, dtype) for name, x in index.items()}
@@ -113,13 +116,13 @@ def cases(dtype: str) -> list[Case]:
             "softmax sinks, soft cap, documents",
             functools.partial(define.softmax, **modified),
             grouped | {"sink_logits": normal(H)},
-            softmax("xla", "blocked", cudnn="serves none of these", **modified, **inside),
+            softmax("xla", "blocked", cudnn=refused, tokamax=refused, **modified, **inside),
         ),
         Case(
             "softmax forget gates, documents",
             define.softmax,
             grouped | {"log_forget": gates(B, T, H)},
-            softmax("xla", "blocked", cudnn="serves none of these", **inside),
+            softmax("xla", "blocked", cudnn=refused, tokamax=refused, **inside),
         ),
         Case(
             "block-sparse",

@@ -40,7 +40,8 @@ def softmax_attention(
       log_forget: (B, T, H), <= 0 and finite: to query i's logit of key j is added the sum of log_forget over j+1 ... i,
         after the soft cap (forgetting attention, Lin et al. 2025, eq. 6).
       implementation: "xla" one masked product; "blocked" blocks of queries that skip the keys no query of theirs can
-        see, and recompute in the backward pass; "cudnn" NVIDIA's fused kernel; "auto" see `choose_implementation`.
+        see, and recompute in the backward pass; "cudnn" NVIDIA's fused kernel; "tokamax" what that package, if it is
+        installed, chooses on this machine (Pallas kernels on TPU and GPU); "auto" see `choose_implementation`.
 
     Returns:
       (B, T, H, V) of q's dtype.
@@ -56,8 +57,12 @@ def softmax_attention(
         implementation = choose_implementation(q.shape, q.dtype, causal=causal, window=window, extras=extras)
     if implementation == "cudnn":
         return _cudnn(q, k, v, causal, window, extras, scale)
+    if implementation == "tokamax":
+        if sinks or sink_logits is not None or log_forget is not None:
+            raise ValueError("tokamax attention cannot serve sinks, sink_logits or log_forget: use blocked or auto")
+        return _tokamax(q, k, v, causal, window, softcap, scale, segment_ids)
     if implementation not in ("xla", "blocked"):
-        raise ValueError(f"implementation = {implementation!r}: must be auto, xla, blocked or cudnn")
+        raise ValueError(f"implementation = {implementation!r}: must be auto, xla, blocked, cudnn or tokamax")
     at, documents, forget = jnp.arange(q.shape[1])[None], segment_ids, None
     if segment_ids is not None and (sinks or log_forget is not None):
         documents = document_starts(segment_ids)
@@ -187,4 +192,17 @@ def _cudnn(q, k, v, causal, window, extras, scale):
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=causal, local_window_size=local, implementation="cudnn"
+    )
+
+
+def _tokamax(q, k, v, causal, window, softcap, scale, segment_ids):
+    try:
+        import tokamax
+    except ImportError as error:
+        raise ValueError("tokamax attention needs the package tokamax: `pip install tokamax`, or use auto") from error
+    # Its masks are arrays: documents cost T^2 bytes a sequence.
+    mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    local = None if window is None else (window - 1, 0 if causal else window - 1)
+    return tokamax.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=causal, local_window_size=local, logits_soft_cap=softcap
     )

@@ -35,10 +35,12 @@ class SoftmaxFamily(Mixer):
         chosen, m = cfg.mixer.implementation, cfg.mixer
         if chosen == "pallas":
             raise ConfigError("model.mixer.implementation = pallas: softmax attention has none; use auto or blocked")
-        if chosen == "cudnn" and not (cls.plain and not (m.sinks or m.sink_logits or m.softcap)):
+        served = cls.plain and not (m.sinks or m.sink_logits or (m.softcap and chosen == "cudnn"))
+        if chosen in ("cudnn", "tokamax") and not served:
             raise ConfigError(
-                "model.mixer.implementation = cudnn serves neither sinks, sink_logits, softcap, forget gates nor "
-                f"values of another size than keys, which layers of {' '.join(cfg.attention)} have; use auto or blocked"
+                f"model.mixer.implementation = {chosen} serves neither sinks, sink_logits, forget gates nor values of "
+                "another size than keys, and cudnn no softcap, which layers of "
+                f"{' '.join(cfg.attention)} have; use auto or blocked"
             )
         return chosen
 
