@@ -97,9 +97,9 @@ def reference(cfg, params, x_TxD):
         return turn(vector, t) if m.rope_fraction else vector
 
     for t, x in enumerate(x_TxD):
-        q, k = features("query", t).reshape(G, K), features("key", t).reshape(N, G, K)
-        v = features("value", t).reshape(N, H, V)
-        beta = sigmoid(x @ p["beta"]["kernel"]).reshape(N, H) * (2 if m.negative_eigenvalues else 1)
+        q, k = features("query", t).reshape(G, K), features("key", t).reshape(G, N, K)
+        v = features("value", t).reshape(H, N, V)
+        beta = sigmoid(x @ p["beta"]["kernel"]).reshape(H, N) * (2 if m.negative_eigenvalues else 1)
         out = np.zeros((H, V))
         for h in range(H):
             g = h // (H // G)
@@ -110,8 +110,8 @@ def reference(cfg, params, x_TxD):
                 logit = (x @ p["step"]["kernel"])[h] + p["bias"][h]
                 S[h] *= np.exp(-np.exp(p["decay"][h]) * np.log1p(np.exp(logit)))
             for n in range(N):
-                key = prepared("key", k[n, g], t)
-                S[h] += beta[n, h] * np.outer(key, v[n, h] - S[h].T @ key)
+                key = prepared("key", k[g, n], t)
+                S[h] += beta[h, n] * np.outer(key, v[h, n] - S[h].T @ key)
             out[h] = S[h].T @ prepared("query", q[g], t) * K**-0.5
         gate = 1.0
         if m.gate != "none":

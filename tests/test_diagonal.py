@@ -93,5 +93,9 @@ def test_bad_requests():
     x = jnp.ones((1, 4, 2))
     with pytest.raises(ValueError, match="log_decay has shape"):
         diagonal_recurrence(x, x[..., :1])
+    with pytest.raises(ValueError, match=r"initial_state has shape \(2, 2\), expected \(1, 2\)"):
+        diagonal_recurrence(x, x, initial_state=jnp.ones((2, 2)))
+    with pytest.raises(ValueError, match="chunk = 0"):
+        diagonal_recurrence(x, x, chunk=0)
     with pytest.raises(ValueError, match="form = 'parallel'"):
         diagonal_recurrence(x, x, form="parallel")

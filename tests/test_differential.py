@@ -47,7 +47,7 @@ def formula(params, x, layer, sink=None):
     out = np.zeros((B, T, H // 2, 2 * K))
     for h in range(H // 2):
         g = h // (H // G)
-        out[:, :, h] = (weights(h, g) - share * weights(H // 2 + h, G // 2 + g)) @ v[:, :, g]
+        out[:, :, h] = (weights(2 * h, 2 * g) - share * weights(2 * h + 1, 2 * g + 1)) @ v[:, :, g]
     out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * p["output_norm"]["scale"] * (1 - first)
     return out.reshape(B, T, H * K) @ p["out"]["kernel"]
 

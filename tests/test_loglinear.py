@@ -99,6 +99,29 @@ def test_a_state_that_is_handed_on_makes_one_text_of_pieces():
     assert relative(state, np.asarray(last)) < 1e-6
 
 
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_gate_may_forget_everything(documents):
+    """Log decays of -inf, and small ones behind large ones. Positions count from where a text begins."""
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), inputs(0.3))
+    log_decay = arrays["log_decay"].at[:, 5].set(-jnp.inf).at[:, 20:30].set(-15.0).at[:, 30:].multiply(1e-3)
+    arrays["log_decay"] = log_decay
+    segments = jnp.asarray(np.arange(T) // 30 * np.ones((B, 1), int)) if documents else None
+
+    @functools.partial(jax.jit, static_argnames="form")
+    def run(arrays, form):
+        f = lambda a: log_linear_attention(**a, form=form, chunk=16, segment_ids=segments)[0]  # noqa: E731
+        out, pull = jax.vjp(f, arrays)
+        return out, pull(jnp.sin(jnp.arange(out.size)).reshape(out.shape))[0]
+
+    (out, grads), (expected, slopes) = run(arrays, "chunked"), run(arrays, "recurrent")
+    assert relative(out, np.asarray(expected)) < 2e-5
+    for name in arrays:
+        assert relative(grads[name], np.asarray(slopes[name])) < 1e-4, name
+    if documents:
+        tail = {name: x[:, 30:] for name, x in arrays.items()}
+        assert relative(out[:, 30:], np.asarray(log_linear_attention(**tail, chunk=16)[0])) < 2e-5
+
+
 def test_equal_weights_make_it_a_recurrence_with_one_state():
     from slm.attention import decay_attention
 
@@ -115,6 +138,8 @@ def test_equal_weights_make_it_a_recurrence_with_one_state():
     ({"form": "parallel"}, "form = 'parallel'"),
     ({"level_scale": jnp.ones((B, T, H, 3))}, "3 levels reach over 4 tokens, not over 53"),
     ({"initial_state": jnp.zeros((B, H, L, K, V))}, "begins where a text does"),
+    ({"k": jnp.zeros((B, T, 1, K))}, r"k has shape .*, expected \(2, 53, 2, 4\)"),
+    ({"positions": jnp.zeros((1, T), int)}, "positions has shape"),
 ])  # fmt: skip
 def test_bad_requests(changes, message):
     arrays = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), inputs()) | changes

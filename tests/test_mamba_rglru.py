@@ -85,6 +85,18 @@ def test_rglru():
     np.testing.assert_allclose(y, (out.reshape(B, T, H * V) * gelu) @ p["out"]["kernel"], atol=2e-5 * np.abs(y).max())
 
 
+def test_a_gate_of_rglru_may_underflow():
+    """The factor sqrt(1 - a^2) has no slope where a is 1."""
+    p, x, _ = layer("rglru")
+    p["forget_gate"]["bias"] = p["forget_gate"]["bias"].copy()
+    p["forget_gate"]["bias"][0, 0] = -200.0
+    mixer = MIXERS["rglru"].mixer(configured(MIXERS["rglru"], CFG), jnp.float32)
+    context = Context(jnp.broadcast_to(jnp.arange(T), (B, T)), None, {})
+    p, x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (p, x))
+    slopes = jax.jit(jax.grad(lambda p: mixer.apply({"params": p}, x, context)[0].sum()))(p)
+    assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
+
+
 def test_rglru_starts_with_slow_decays():
     """a^2 between 0.81 and 0.998 where the forget gate is fully open."""
     mixer = MIXERS["rglru"].mixer(configured(MIXERS["rglru"], CFG), jnp.float32)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import socket
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from slm.config import MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from slm.config import MeshConfig, MixerConfig, ModelConfig, OptimConfig, TrainConfig
 from slm.errors import ConfigError
 from slm.models.transformer import Transformer
 from slm.training import mesh as meshes
@@ -60,6 +62,28 @@ def test_batch_and_model_must_divide():
         name = next(iter(fields))
         with pytest.raises(ConfigError, match=f"model.{name} = .*mesh.tensor = 2"):
             meshes.check_mesh(mesh, dataclasses.replace(MODEL, **fields), TrainConfig(batch_size=16))
+
+
+def test_kernels_that_cannot_be_divided_are_refused():
+    model = dataclasses.replace(MODEL, attention=("simple_gla",), mixer=MixerConfig(implementation="pallas"))
+    meshes.check_mesh(mesh_of(1, 1, 1), model, TrainConfig(batch_size=16))
+    with pytest.raises(ConfigError, match=r"implementation = pallas: .* 2 devices"):
+        meshes.check_mesh(mesh_of(2, 1, 1), model, TrainConfig(batch_size=16))
+
+
+@pytest.mark.parametrize("name", ["delta_product", "differential", "moba", "dsa", "mla", "rwkv6"])
+def test_heads_stay_on_their_device(name):
+    """Data and heads are split four ways, and no layer gathers or exchanges any of it: sums are all it needs."""
+    cfg = ModelConfig(vocab_size=8, layers=1, width=16, heads=4, attention=(name,), mlp="none")
+    mesh, transformer = mesh_of(2, 1, 2), Transformer(cfg)
+    params = jax.eval_shape(transformer.init, jax.random.key(0))
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    params = jax.tree.map(place, params, meshes.param_shardings(params, mesh))
+    tokens = jax.ShapeDtypeStruct((4, 300), jnp.int32, sharding=NamedSharding(mesh, P("data")))
+    loss = lambda params, tokens, ids: transformer.hidden(params, tokens, segment_ids=ids)[0].sum()  # noqa: E731
+    program = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile().as_text()
+    assert "all-reduce" in program
+    assert not re.findall(r"(?:all-gather|all-to-all|collective-permute)(?:-start)?\(", program)
 
 
 def test_parameters_are_split_by_name_and_never_along_the_stack():

@@ -66,6 +66,11 @@ def test_traced_positions_give_the_same_masks():
     for pattern, mask in zip(patterns, traced, strict=True):
         np.testing.assert_array_equal(mask, whole(pattern), err_msg=repr(pattern))
 
+    i = np.arange(T)[:, None]
+    mixed = jax.jit(lambda at: [pattern(i, at) for pattern in patterns])(jnp.arange(T))
+    for pattern, mask in zip(patterns, mixed, strict=True):
+        np.testing.assert_array_equal(mask, whole(pattern), err_msg=repr(pattern))
+
 
 @pytest.mark.parametrize("text", TABLES)
 def test_text_is_read_back(text):

@@ -415,3 +415,12 @@ def test_what_cannot_be_served_is_refused(call, message):
     x = inputs()
     with pytest.raises(ValueError, match=message):
         call(x["q"], x["k"], x["v"])
+
+
+def test_the_largest_are_the_same_on_one_device_and_on_several():
+    x = jax.random.randint(jax.random.key(0), (3, 5, 40), 0, 6).astype(jnp.float32)  # with many ties
+    x = x.at[0].set(-jnp.inf)
+    for n in (1, 7, 40):
+        jax.tree.map(
+            np.testing.assert_array_equal, tuple(selection.largest(x, n, devices=1)), selection.largest(x, n, devices=2)
+        )

@@ -60,6 +60,17 @@ def test_texts_shorter_than_a_block_decode(name):
     np.testing.assert_allclose(np.concatenate(outs, 1), expected, atol=5e-6)
 
 
+@pytest.mark.parametrize("name", ["moba", "nsa", "nsa_shared"])
+def test_a_row_that_only_gets_padding_keeps_its_cache(name):
+    model, params, x = Transformer(config(name)), parameters(name), tokens(16)
+    at = jnp.broadcast_to(jnp.arange(16), (2, 16))
+    step = jax.jit(lambda x, at, cache: model.hidden(params, x, positions=at, cache=cache))
+    _, cache = step(x[:, :8], at[:, :8], model.init_cache(2, 16))
+    _, after = step(x[:, 8:], at[:, 8:].at[1].set(-1), cache)
+    row = lambda leaf: leaf[:, 1]  # layers are stacked before rows  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(row, after), jax.tree.map(row, cache))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_state_is_counted_to_the_byte(name):
     """Keys and values of 2 heads of 8 in two bytes each, and a position in four, for each slot."""

@@ -311,6 +311,29 @@ def test_long_prefills_take_queries_by_blocks():
     assert memory.temp_size_in_bytes < 0.6 * 4 * H * S * S  # one matrix of logits
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(30, 0), (30, 4), (200, 3), (1, 0)])
+def test_long_prefills_with_a_window_read_no_more_than_it(window, sinks):
+    """Part of the text is in a cache already, in slots of any order; the rest comes in one call, padded at its end."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    end, before = 700, 210
+    q, k, v = (jax.random.normal(key, (1, end, H, K)) for key in keys)
+    expected = jax.jit(functools.partial(softmax_attention, window=window, sinks=sinks))(q, k, v)
+    for start in (0, before):
+        order = np.random.default_rng(0).permutation(before)
+        kept = [jnp.pad(x[:, order], ((0, 0), (0, 0), (0, 0), (0, 0))) for x in (k, v)]
+        old = jnp.asarray(np.where(order < start, order, -1))[None]
+        pad = ((0, 0), (0, 20), (0, 0), (0, 0))
+        new = [jnp.pad(x[:, start:], pad) for x in (q, k, v)]
+        at = jnp.pad(jnp.arange(start, end)[None], ((0, 0), (0, 20)), constant_values=-1)
+        seen = [jnp.concatenate([x, y], 1) for x, y in zip(kept, new[1:], strict=True)]
+        cached = jax.jit(functools.partial(cached_attention, window=window, sinks=sinks, old=before))
+        arrays = new[0], *seen, at, jnp.concatenate([old, at], 1)
+        np.testing.assert_allclose(cached(*arrays)[:, : end - start], expected[:, start:], rtol=2e-5, atol=2e-6)
+    every = jax.jit(functools.partial(cached_attention, window=window, sinks=sinks))
+    memory, all_of_it = (f.lower(*arrays).compile().memory_analysis().temp_size_in_bytes for f in (cached, every))
+    assert window == 200 or memory < 0.8 * all_of_it
+
+
 def test_auto_chooses_by_platform_and_request():
     half = (1, 512, 4, 64), jnp.bfloat16
     assert choose_implementation(*half, platform="gpu") == "cudnn"

@@ -136,7 +136,7 @@ def test_a_windowed_cache_is_bounded():
         assert cache["key"].shape == cache["value"].shape == (2, slots, G, K)
 
 
-def test_impossible_switches_are_refused():
+def test_impossible_switches_are_refused(monkeypatch):
     for name, switches, problem in [
         ("softmax", {"window": 5}, "window"),
         ("softmax", {"latent_dim": 5}, "latent_dim"),
@@ -151,7 +151,10 @@ def test_impossible_switches_are_refused():
     for name, switches in [("streaming", {}), ("softmax", {"softcap": 3.0}), ("forgetting", {}), ("mla", {})]:
         with pytest.raises(ConfigError, match="cudnn"):
             made(name, implementation="cudnn", **switches)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install tokamax"):
+        made("softmax", implementation="tokamax")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     for name, switches in [("streaming", {}), ("forgetting", {}), ("softmax", {"sink_logits": True})]:
         with pytest.raises(ConfigError, match="tokamax serves"):
             made(name, implementation="tokamax", **switches)
-    made("softmax", implementation="tokamax", softcap=3.0)

@@ -31,13 +31,24 @@ def diagonal_recurrence(
       backwards in time, are h and the decays.
 
     Raises:
-      ValueError: shapes do not agree, or no such form.
+      ValueError: shapes do not agree, there are no tokens, or no such form.
     """
     B, T, D = x.shape
-    if log_decay.shape != x.shape:
-        raise ValueError(f"log_decay has shape {log_decay.shape}, expected that of x, {x.shape}")
+    expected = {
+        "log_decay": (log_decay, (B, T, D)),
+        "initial_state": (initial_state, (B, D)),
+        "segment_ids": (segment_ids, (B, T)),
+        "reset_state": (reset_state, (D,)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}, since x has {x.shape}")
     if form not in ("recurrent", "chunked"):
         raise ValueError(f"form = {form!r}: must be recurrent or chunked")
+    if chunk < 1:
+        raise ValueError(f"chunk = {chunk}: must be at least 1")
+    if not T:
+        raise ValueError("no tokens: T = 0")
     x, decay = x.astype(jnp.float32), jnp.exp(log_decay.astype(jnp.float32))
     state = jnp.zeros((B, D), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
     if segment_ids is not None:

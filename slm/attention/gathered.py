@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from slm.attention.block_table import EMPTY, BlockTable, Work, block_table
 from slm.attention.patterns import Pattern
 
-PORTION = 2**17
-"""Logits that are computed at once, about: they should stay in a core's cache."""
+PORTION = {"cpu": 2**17}
+"""Logits that are computed at once, about, by platform: on a CPU they should stay in a core's cache."""
 
 
 class Shape(NamedTuple):
@@ -45,7 +45,8 @@ class Shape(NamedTuple):
 
     def works(self, k_BxGxNxsxK, R: int) -> list[Work]:
         B, G = k_BxGxNxsxK.shape[:2]
-        return self.table.work(max(1, PORTION // (B * G * R * self.block**2)))
+        portion = PORTION.get(jax.default_backend(), 2**26)
+        return self.table.work(max(1, portion // (B * G * R * self.block**2)))
 
 
 def gathered_attention(q, k, v, segment_ids, positions, shape: Shape, kernel=None):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from slm.attention.moba import check_heads
-from slm.attention.selection import find_places, over_queries
+from slm.attention.selection import find_places, largest, over_queries
 
 GATHER_BEYOND = 32
 """Times top_k keys, from which on gathering the chosen ones is faster than masking the others, forwards and backwards
@@ -108,7 +108,7 @@ def choose_tokens(index_q, index_k, index_w, *, top_k, segment_ids=None, query_p
     def choose(arrays, places):
         scores = index_scores(arrays[0], index_k, arrays[1])
         keep = (j >= places.first_BxT[..., None]) & (j <= places.at_BxT[..., None])
-        best, tokens = jax.lax.top_k(jnp.where(keep, scores, -jnp.inf), min(top_k, S))
+        best, tokens = largest(jnp.where(keep, scores, -jnp.inf), min(top_k, S))
         return jnp.where(best > -jnp.inf, tokens, -1)
 
     return over_queries(choose, (index_q, index_w), find_places(index_q.shape, S, 1, segment_ids, query_positions))
@@ -147,11 +147,9 @@ def _weigh(products_BxTxIxS, index_w_BxTxI):
 
 def _mask(tokens_BxTxn, S: int):
     """(B, T, S): which tokens are listed."""
-    B, T, _ = tokens_BxTxn.shape
-    at = jnp.where(tokens_BxTxn < 0, S, tokens_BxTxn)
-    return (
-        jnp.zeros((B, T, S), bool).at[jnp.arange(B)[:, None, None], jnp.arange(T)[:, None], at].set(True, mode="drop")
-    )
+    # One row at a time, so that XLA need not gather the rows of several devices.
+    row = lambda tokens: jnp.zeros(S, bool).at[jnp.where(tokens < 0, S, tokens)].set(True, mode="drop")  # noqa: E731
+    return jax.vmap(jax.vmap(row))(tokens_BxTxn)
 
 
 def _product(equation: str, a, b):

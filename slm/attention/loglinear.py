@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.attention.forget import cumulative_forget
+from slm.attention.forget import cumulative_forget, document_starts
 from slm.attention.recurrence import changes
+from slm.attention.wy import FLOOR, log_between, sum_after, sum_before
 
 BLOCK = 128
 """Queries handled at once where documents are packed."""
@@ -41,7 +42,7 @@ def log_linear_attention(
 
     Args:
       q, k: (B, T, H, K). v: (B, T, H, V).
-      log_decay: (B, T, H), <= 0.
+      log_decay: (B, T, H), <= 0 and -inf allowed.
       level_scale: (B, T, H, L), lambda of the paper's equation 8.
       scale: None means K**-0.5.
       initial_state: (B, H, S, K, V) float32, one state a level; None: zeros, as at the beginning of a text.
@@ -50,24 +51,28 @@ def log_linear_attention(
         since the levels of packed documents do not line up.
       chunk: tokens in a chunk, a power of two.
       segment_ids: (B, T) integers: where they differ from the token before, a new text begins.
-      positions: (B, T) numbers of the tokens in their texts, -1 for padding, which the state ignores; None: from 0.
+      positions: (B, T) numbers of the tokens in their texts, -1 for padding, which the state ignores; None: from 0 at
+        the first token and wherever a new text begins.
 
     Returns:
       (out (B, T, H, V) of v's dtype, final_state (B, H, S, K, V) float32; None from the chunked form).
 
     Raises:
-      ValueError: L levels do not reach over T tokens, chunk is no power of two, or the form cannot serve.
+      ValueError: shapes do not agree, L levels do not reach over T tokens, chunk is no power of two, or the form cannot
+        serve.
     """
     B, T, H, V = v.shape
+    _check(q, k, v, log_decay, level_scale, initial_state, segment_ids, positions)
     K, L = q.shape[-1], level_scale.shape[-1]
     if initial_state is None and levels_of(T) > L:
         raise ValueError(f"{L} levels reach over {2 ** (L - 1)} tokens, not over {T}: give level_scale {levels_of(T)}")
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk = {chunk}: must be a power of two, as the levels are")
     scale = K**-0.5 if scale is None else scale
-    log_decay, level_scale = log_decay.astype(jnp.float32), level_scale.astype(jnp.float32)
+    log_decay, level_scale = jnp.maximum(log_decay.astype(jnp.float32), FLOOR), level_scale.astype(jnp.float32)
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        first = 0 if segment_ids is None else document_starts(segment_ids)
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T)) - first
     if form == "recurrent":
         if initial_state is None:
             initial_state = jnp.zeros((B, H, levels_of(T) + 1, K, V), jnp.float32)
@@ -82,6 +87,23 @@ def log_linear_attention(
     else:
         out = _parallel(q, k, v, log_decay, level_scale, segment_ids, positions)
     return (out * scale).astype(v.dtype), None
+
+
+def _check(q, k, v, log_decay, level_scale, initial_state, segment_ids, positions):
+    (B, T, H, V), K = v.shape, q.shape[-1]
+    expected = {
+        "q": (q, (B, T, H, K)),
+        "k": (k, (B, T, H, K)),
+        "log_decay": (log_decay, (B, T, H)),
+        "level_scale": (level_scale, (B, T, H, level_scale.shape[-1])),
+        "segment_ids": (segment_ids, (B, T)),
+        "positions": (positions, (B, T)),
+    }
+    if initial_state is not None:
+        expected["initial_state"] = initial_state, (B, H, *initial_state.shape[2:3], K, V)
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}, since v has {v.shape}")
 
 
 def _recurrent(q, k, v, log_decay, level_scale, state, segment_ids, positions):
@@ -124,14 +146,14 @@ def _chunked(q, k, v, log_decay, level_scale, *, C):
         return jnp.moveaxis(x.reshape(B, N, C, *x.shape[2:]), 3, 1)
 
     q, k, v, log_decay, level_scale = map(chunks, (q, k, v, log_decay, level_scale))
-    into = jnp.cumsum(log_decay, -1)
+    log_decay = log_decay[..., None]
+    into, leave = (sum_before(log_decay) + log_decay)[..., 0], sum_after(log_decay)
     total = into[..., -1]
-    between = into[..., :, None] - into[..., None, :]
-    between = jnp.exp(jnp.where(np.tril(np.ones((C, C), bool)), between, -jnp.inf))
+    between = jnp.exp(jnp.where(np.tril(np.ones((C, C), bool)), log_between(log_decay), -jnp.inf))
     weights = between * jnp.einsum("BHNCL,CSL->BHNCS", level_scale[..., : levels_of(C)], _levels(C))
     out = product("BHNCS,BHNSV->BHNCV", weights * product("BHNCK,BHNSK->BHNCS", q, k), v)
     # For blocks of C, 2C, 4C ... tokens: what each leaves behind, and the decays from its start up to each token.
-    states = product("BHNSK,BHNSV->BHNKV", k * jnp.exp(total[..., None] - into)[..., None], v)
+    states = product("BHNSK,BHNSV->BHNKV", k * jnp.exp(leave), v)
     q, into, out, level_scale = (x.reshape(B, H, N * C, *x.shape[4:]) for x in (q, into, out, level_scale))
     for level in range(levels_of(C), levels_of(N * C)):
         pairs = (B, H, states.shape[2] // 2, 2, -1)

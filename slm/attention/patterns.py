@@ -194,7 +194,8 @@ def _named(name, order=None, **sizes) -> Named:
 
 
 def _random(i, j, n, block, seed):
-    a, b = (x // block for x in ((i, j) if isinstance(i, jax.Array) else (np.asarray(i), np.asarray(j))))
+    xp = jnp if isinstance(i, jax.Array) or isinstance(j, jax.Array) else np
+    a, b = (xp.asarray(x) // block for x in (i, j))
     return _drawn(a, b, n, seed) | _drawn(b, a, n, seed)
 
 

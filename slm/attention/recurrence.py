@@ -30,7 +30,8 @@ def decay_attention(
       log_decay: (B, T, H) scalar per head, or (B, T, H, K) per channel, <= 0 and -inf allowed; None: no decay.
       scale: None means K**-0.5.
       initial_state: (B, H, K, V), the state before the first token; None: zeros.
-      form: "recurrent" token by token, the definition; "chunked" matrix products over chunks, for training.
+      form: "recurrent" token by token, the definition, whose backward pass keeps every state; "chunked" matrix products
+        over chunks, for training.
       chunk: tokens in a chunk; changes speed, not the mathematics.
       segment_ids: (B, T) integers: where they differ from the token before, the state becomes `reset_state` before
         that token is taken. The first token always continues `initial_state`.
@@ -95,6 +96,8 @@ def check(q, k, v, log_decay, initial_state, segment_ids, reset_state, form, chu
         raise ValueError(f"form = {form!r}: must be recurrent or chunked")
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}: must be at least 1")
+    if not T:
+        raise ValueError("no tokens: T = 0")
     if implementation == "pallas" and form != "chunked":
         raise ValueError(f'implementation = "pallas": the kernel has the chunked form only, not {form}: use xla')
     if implementation not in ("auto", "xla", "pallas"):

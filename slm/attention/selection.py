@@ -118,8 +118,21 @@ def top_blocks(scores_BxCxTxN, allowed_BxTxN, n: int) -> jax.Array:
     Ties go to the earlier block. Not differentiable, as in the papers."""
     N = scores_BxCxTxN.shape[-1]
     scores = jnp.where(allowed_BxTxN[:, None], jax.lax.stop_gradient(scores_BxCxTxN), -jnp.inf)
-    best, chosen = jax.lax.top_k(scores, min(n, N))
+    best, chosen = largest(scores, min(n, N))
     return jnp.moveaxis(jnp.where(best > -jnp.inf, chosen, N), 1, 2).astype(jnp.int32)
+
+
+def largest(x, n: int, devices: int | None = None):
+    """jax.lax.top_k: the n largest of the last axis and their indices, ties to the earlier one.
+
+    Of arrays that lie on several devices XLA gathers all rows for top_k, but not for a sort, which is 10 to 25 times as
+    slow on a CPU.
+    """
+    if (devices or jax.device_count()) == 1:
+        return jax.lax.top_k(x, n)
+    at = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    best, at = jax.lax.sort_key_val(-x, at)
+    return -best[..., :n], at[..., :n]
 
 
 def selected_attention(q, k, v, chosen_BxTxCxn, places: Places, scale: float) -> jax.Array:
@@ -136,7 +149,6 @@ def selected_attention(q, k, v, chosen_BxTxCxn, places: Places, scale: float) ->
     B, T, H, K = q.shape
     C, G = chosen_BxTxCxn.shape[2], k.shape[2]
     q = jnp.moveaxis(q.reshape(B, T, G, C // G, H // C, K), 1, 3)
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     chosen = jnp.moveaxis(chosen_BxTxCxn, 1, 2).reshape(B, G, C // G, T, -1)
     aligned = not (places.documents or places.cached)
     out = _attention(q, k, v, chosen, tuple(places[:4]), (places.block, aligned, scale))
@@ -159,7 +171,7 @@ class _Tiles(NamedTuple):
     """Whether it has that piece."""
 
 
-def _tiles(chosen_Txn, at_T, own_T, starts_N, J: int, aligned: bool) -> _Tiles:
+def _tiles(chosen_Txn, at_T, own_T, starts_N, S: int, J: int, aligned: bool) -> _Tiles:
     (T, n), N = chosen_Txn.shape, len(starts_N)
     # Each block may leave one tile partly empty: tiles that large that about half the rows are filled at worst.
     size = max(1, min(J, T, T * n // max(N, 1) if n else T))
@@ -171,19 +183,25 @@ def _tiles(chosen_Txn, at_T, own_T, starts_N, J: int, aligned: bool) -> _Tiles:
     for part in parts:
         where.append(part.where_TxP + begin)
         begin += part.row_MxI.size
-    joined = [jnp.concatenate(arrays) for arrays in zip(*(part[:4] for part in parts), strict=True)]
-    return _Tiles(*joined, jnp.concatenate(where, 1), jnp.concatenate([part.live_TxP for part in parts], 1))
+    row, low, high, start = (jnp.concatenate(arrays) for arrays in zip(*(part[:4] for part in parts), strict=True))
+    # A last block that is not whole is read together with keys before it, which `low` leaves out.
+    start = jnp.minimum(start, max(S - J, 0))
+    return _Tiles(
+        row, low, high, start, jnp.concatenate(where, 1), jnp.concatenate([part.live_TxP for part in parts], 1)
+    )
 
 
 def _own_tiles(at_T, own_T, shift: int, size: int) -> _Tiles:
-    """Consecutive queries against keys from `shift` after the first one's own block begins.
+    """Consecutive queries against the J keys from `shift` after the first one's own block begins.
 
     All their own blocks lie within two blocks from there, whatever documents or offsets there are."""
     T = len(at_T)
     row = jnp.arange(-(-T // size) * size).reshape(-1, size)
     high = jnp.where(row < T, at_T[jnp.minimum(row, T - 1)], -1)
     row = jnp.minimum(row, T - 1)
-    return _Tiles(row, own_T[row], high, own_T[row[:, 0]] + shift, jnp.arange(T)[:, None], jnp.ones((T, 1), bool))
+    start = own_T[row[:, 0]] + shift
+    low = jnp.maximum(own_T[row], start[:, None])
+    return _Tiles(row, low, high, start, jnp.arange(T)[:, None], jnp.ones((T, 1), bool))
 
 
 def _chosen_tiles(chosen_Txn, starts_N, J: int, size: int) -> _Tiles:
@@ -209,9 +227,9 @@ def _chosen_tiles(chosen_Txn, starts_N, J: int, size: int) -> _Tiles:
 
 
 def _take_blocks(x_Sx, start_M, J: int):
-    """(M, J, ...): rows start ... start + J - 1; beyond the end, anything."""
-    x = jnp.pad(x_Sx, [(0, J)] + [(0, 0)] * (x_Sx.ndim - 1))
-    return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(x, start, J))(jnp.minimum(start_M, len(x_Sx)))
+    """(M, J, ...): rows start ... start + J - 1, or the last J if there are fewer; zeros follow if S < J."""
+    x = jnp.pad(x_Sx, [(0, max(J - len(x_Sx), 0))] + [(0, 0)] * (x_Sx.ndim - 1))
+    return jax.vmap(lambda start: jax.lax.dynamic_slice_in_dim(x, start, J))(start_M)
 
 
 def _add_blocks(x_MxJxK, start_M, S: int):
@@ -246,7 +264,7 @@ def _forward_one(q_TxRxK, k_SxK, v_SxV, chosen_Txn, at_T, first_T, own_T, starts
     """(out (T, R, V), log-normalisers (T, R)) of one selecting head and its R query heads."""
     J, aligned, scale = static
     R = q_TxRxK.shape[1]
-    tiles = _tiles(chosen_Txn, at_T, own_T, starts_N, J, aligned)
+    tiles = _tiles(chosen_Txn, at_T, own_T, starts_N, len(k_SxK), J, aligned)
     _, _, logits = _logits(q_TxRxK, k_SxK, tiles, J, scale)
     # Above -1e30, so that a row that sees nothing here has weights of exactly 0.
     top = jnp.maximum(logits.max(-1), -1e29)
@@ -265,7 +283,7 @@ def _backward_one(
     q_TxRxK, k_SxK, v_SxV, chosen_Txn, log_z_TxR, inner_TxR, d_out_TxRxV, at_T, first_T, own_T, starts_N, static
 ):
     J, aligned, scale = static
-    tiles = _tiles(chosen_Txn, at_T, own_T, starts_N, J, aligned)
+    tiles = _tiles(chosen_Txn, at_T, own_T, starts_N, len(k_SxK), J, aligned)
     queries, keys, logits = _logits(q_TxRxK, k_SxK, tiles, J, scale)
     weights = jnp.exp(logits - _rows(log_z_TxR, tiles)[..., None])
     d_out = _rows(d_out_TxRxV, tiles)
@@ -287,13 +305,14 @@ def _over_heads(f, static, arrays: int):
     """f of one selecting head, over batch, key heads and selecting heads; k and v have no axis of the last."""
     rest = (0,) * (arrays - 3)
     f = jax.vmap(functools.partial(f, static=static), (0, None, None, *rest, None, None, None, None))
-    f = jax.vmap(f, (0, 0, 0, *rest, None, None, None, None))
+    # Keys stay as they lie, since a decode step would otherwise turn the whole cache.
+    f = jax.vmap(f, (0, 1, 1, *rest, None, None, None, None))
     return jax.vmap(f)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q_BxGxCxTxRxK, k_BxGxSxK, v_BxGxSxV, chosen_BxGxCxTxn, places, static):
-    return _forward(q_BxGxCxTxRxK, k_BxGxSxK, v_BxGxSxV, chosen_BxGxCxTxn, places, static)[0]
+def _attention(q_BxGxCxTxRxK, k_BxSxGxK, v_BxSxGxV, chosen_BxGxCxTxn, places, static):
+    return _forward(q_BxGxCxTxRxK, k_BxSxGxK, v_BxSxGxV, chosen_BxGxCxTxn, places, static)[0]
 
 
 def _forward(q, k, v, chosen, places, static):
@@ -306,7 +325,8 @@ def _backward(static, residuals, d_out):
     # sum_j p_j dp_j of the softmax's Jacobian, from the output alone (Dao et al. 2022, eq. 4).
     inner = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     d_q, d_k, d_v = _over_heads(_backward_one, static, 7)(q, k, v, chosen, log_z, inner, d_out, *places)
-    return d_q.astype(q.dtype), d_k.sum(2).astype(k.dtype), d_v.sum(2).astype(v.dtype), None, (None,) * 4
+    d_k, d_v = (jnp.moveaxis(d.sum(2), 1, 2) for d in (d_k, d_v))
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, (None,) * 4
 
 
 _attention.defvjp(_forward, _backward)

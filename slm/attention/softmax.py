@@ -1,5 +1,7 @@
 """Exact softmax attention (Vaswani et al. 2017): grouped heads, window, sinks, soft cap, forget gates, documents."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -41,7 +43,8 @@ def softmax_attention(
         after the soft cap (forgetting attention, Lin et al. 2025, eq. 6).
       implementation: "xla" one masked product; "blocked" blocks of queries that skip the keys no query of theirs can
         see, and recompute in the backward pass; "cudnn" NVIDIA's fused kernel; "tokamax" what that package, if it is
-        installed, chooses on this machine (Pallas kernels on TPU and GPU); "auto" see `choose_implementation`.
+        installed, chooses (a Pallas kernel on TPU and GPU, or XLA: it does not tell); "auto" see
+        `choose_implementation`.
 
     Returns:
       (B, T, H, V) of q's dtype.
@@ -60,6 +63,8 @@ def softmax_attention(
     if implementation == "tokamax":
         if sinks or sink_logits is not None or log_forget is not None:
             raise ValueError("tokamax attention cannot serve sinks, sink_logits or log_forget: use blocked or auto")
+        if v.shape[-1] != q.shape[-1]:
+            raise ValueError("tokamax attention is asked for values of another size than keys: use blocked or auto")
         return _tokamax(q, k, v, causal, window, softcap, scale, segment_ids)
     if implementation not in ("xla", "blocked"):
         raise ValueError(f"implementation = {implementation!r}: must be auto, xla, blocked, cudnn or tokamax")
@@ -105,6 +110,7 @@ def cached_attention(
     scale=None,
     query_forget=None,
     key_forget=None,
+    old=None,
 ):
     """Causal attention of new queries over cached keys in any order, as a decode step and a prefill need it.
 
@@ -115,26 +121,47 @@ def cached_attention(
       query_positions: (B, T) integers. key_positions: (B, S) integers, -1 where the slot is empty.
       window, sinks, sink_logits, softcap, scale: as in `softmax_attention`.
       query_forget, key_forget: (B, T, H, 2), (B, S, H, 2) of `cumulative_forget`, or None.
+      old: None, or S - T: from there on the keys are those of the queries, whose positions follow each other. Then a
+        long call with a window costs T (old + window), not T S.
 
     Returns:
       (B, T, H, V); a query that sees no key (padding) gets an average of everything, never NaN.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def attend(q, positions, forget):
+    def attend(q, positions, forget, k, v, key_positions, key_forget):
         i, j = positions[:, :, None], key_positions[:, None, :]
         keep = visible(i, j, True, window, j < sinks) & (j >= 0)
         return _attend(q, k, v, keep, scale, softcap, sink_logits, forget, key_forget)
 
-    T = q.shape[1]
+    T, keys = q.shape[1], (k, v, key_positions, key_forget)
     if T <= BLOCK:
-        return attend(q, query_positions, query_forget)
+        return attend(q, query_positions, query_forget, *keys)
+
+    def near(block, x):
+        """Of keys x (B, S, ...) the old ones, the call's first that may be sinks, and those up to a window back."""
+        start = jnp.clip(block * BLOCK - window + 1, 0, T - length)
+        return jnp.concatenate([x[:, : old + sinks], jax.lax.dynamic_slice_in_dim(x, old + start, length, 1)], 1)
+
+    length = T if window is None or old is None else BLOCK + window - 1
+    narrow = length + sinks < T
+
+    def piece(now):
+        block, *queries = now
+        if not narrow:
+            return attend(*queries, *keys)
+        k, v, key_positions, key_forget = jax.tree.map(functools.partial(near, block), keys)
+        # A sink within the window is there twice.
+        again = (jnp.arange(key_positions.shape[1]) >= old) & (jnp.arange(key_positions.shape[1]) < old + sinks)
+        again &= jnp.arange(key_positions.shape[1]) - old >= jnp.clip(block * BLOCK - window + 1, 0, T - length)
+        return attend(*queries, k, v, jnp.where(again, -1, key_positions), key_forget)
 
     def blocks(x):
         x = jnp.pad(x, ((0, 0), (0, -T % BLOCK)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]), 1, 0)
 
-    out = jax.lax.map(lambda x: attend(*x), jax.tree.map(blocks, (q, query_positions, query_forget)))
+    queries = jax.tree.map(blocks, (q, query_positions, query_forget))
+    out = jax.lax.map(piece, (jnp.arange(-(-T // BLOCK)), *queries))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :T]
 
 

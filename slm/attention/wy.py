@@ -97,11 +97,13 @@ def _sum_tokens(which_CxC, x):
     return product(jnp.broadcast_to(which_CxC, (*batch, C, C)), x)
 
 
-def _sum_before(x):
+def sum_before(x):
+    """Sums over the tokens before each one, (..., C, K)."""
     return _sum_tokens(np.tril(np.ones((x.shape[-2],) * 2, np.float32), -1), x)
 
 
-def _sum_after(x):
+def sum_after(x):
+    """Sums over the tokens after each one, (..., C, K)."""
     return _sum_tokens(np.triu(np.ones((x.shape[-2],) * 2, np.float32), 1), x)
 
 
@@ -125,8 +127,8 @@ def gates(log_decay_NxBxHxCxK, segments: Segments | None):
     """`Gates` of the state that enters a chunk; log_decay None: no decay."""
     found = Gates(1.0, 1.0, 1.0)
     if log_decay_NxBxHxCxK is not None:
-        before = _sum_before(log_decay_NxBxHxCxK)
-        logs = (before, before + log_decay_NxBxHxCxK, _sum_after(log_decay_NxBxHxCxK))
+        before = sum_before(log_decay_NxBxHxCxK)
+        logs = (before, before + log_decay_NxBxHxCxK, sum_after(log_decay_NxBxHxCxK))
         found = Gates(*(jnp.exp(x) for x in logs))
     if segments is None:
         return found
@@ -162,9 +164,9 @@ def decayed_products(reads, writes, log_decay_NxBxHxCxK):
     size = 1
     while size < C:
         early, late = (_halves(log_decay_NxBxHxCxK, size, half) for half in (0, 1))
-        since = _sum_before(late)
+        since = sum_before(late)
         since = jnp.exp(since), jnp.exp(since + late)
-        until = jnp.exp(_sum_after(early))
+        until = jnp.exp(sum_after(early))
         decayed = [_halves(y, size, 0) * until for y in writes]
         for index, (x, own) in enumerate(reads):
             x = _halves(x, size, 1) * since[own]

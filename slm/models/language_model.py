@@ -41,7 +41,8 @@ def logits(model: LanguageModel, tokens, attention_mask=None, token_type_ids=Non
     Args:
       model: a language model.
       tokens: (B, T) integers.
-      attention_mask: (B, T), 1 for tokens and 0 for padding, which no token sees; positions count tokens only.
+      attention_mask: (B, T), 1 for tokens and 0 for padding, which no token sees; positions count tokens only. The
+        tokens of a row follow each other: padding stands before or after them.
       token_type_ids: encoders only; raises ValueError for a decoder.
 
     Returns:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from slm.attention.forget import document_starts
 from slm.config import ModelConfig
 from slm.errors import ConfigError
 from slm.models.blocks import Block
@@ -95,7 +96,7 @@ class Transformer:
           params: the tree of `init`, in any float dtype.
           tokens: (B, T) int32.
           segment_ids: (B, T) int32: tokens see only their own segment; None: one segment.
-          positions: (B, T) int32; None: 0 ... T-1. With a cache, -1 marks padding.
+          positions: (B, T) int32; None: from 0 at the first token of each segment. With a cache, -1 marks padding.
           cache: None, or the tree of `init_cache`, which is read and extended.
 
         Returns:
@@ -104,6 +105,8 @@ class Transformer:
         cfg = self.cfg
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            if segment_ids is not None:
+                positions -= document_starts(segment_ids)
         context = self._context(positions, segment_ids)
         x = lookup(params["embed"]["embedding"].astype(self.dtype), tokens)
         if cfg.position == "learned":

@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from slm.config import Experiment, check
-from slm.errors import CheckpointError, DataError, DivergenceError
-from slm.models.transformer import check_mechanisms
+from slm.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from slm.models.mixers import check_mechanisms, layer_pattern
 from slm.training import mesh as meshes
 from slm.training import precision
 from slm.training.checkpoint import Checkpoints
@@ -71,6 +71,11 @@ def train(cfg: Experiment) -> Run:
 
     cfg = check(cfg)
     check_mechanisms(cfg.model)
+    if cfg.train.precision == "float16" and "dsa" in layer_pattern(cfg.model):
+        raise ConfigError(
+            "train.precision = float16: the indexer of dsa layers has a loss of its own, which is not scaled with the "
+            "objective, so its gradients would vanish; use bfloat16 or float32"
+        )
     make_schedule(cfg.optim, cfg.train.steps)
     enable_compilation_cache(cache_folder(cfg.data.cache) / "xla")
     joined = meshes.initialise_distributed(cfg.mesh)

@@ -63,6 +63,11 @@ def check_mesh(mesh: Mesh, model: ModelConfig, train: TrainConfig) -> None:
             f"divisible by mesh.data x mesh.fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} = {shares}: make "
             f"train.batch_size a multiple of {least}, such as {math.ceil(train.batch_size / least) * least}"
         )
+    if mesh.size > 1 and model.mixer.implementation in ("pallas", "tokamax"):
+        raise ConfigError(
+            f"model.mixer.implementation = {model.mixer.implementation}: XLA cannot divide this kernel among the "
+            f"{mesh.size} devices of the mesh; use auto"
+        )
     sizes = {
         "model.heads": model.heads,
         "model.kv_heads": model.kv_heads or model.heads,

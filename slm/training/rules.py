@@ -20,6 +20,8 @@ Rules = tuple[tuple[str, Any], ...]
 # Matrices need nothing: they are called `kernel`.
 _VECTORS = r"(.*/)?(scale|bias|decay|position|state|sink|mix|bonus|removal|replacement|skip|map|mixture)"
 _INSIDE = r"(blocks|tail)/\d+"
+# Small matrices whose outputs all heads read: split over heads they would have to be gathered.
+_SHARED = r"index_\w+|latent|query_latent|key_rope|\w+_down|low|\w+_mix|mix_low|compress_\w+/\w+"
 
 DECAY: Rules = (
     (r"(.*/)?kernel", True),
@@ -38,11 +40,11 @@ MUON: Rules = (
 
 SHARDING: Rules = (
     # Column-parallel (Megatron-LM, Shoeybi et al. 2019): outputs, hence heads and feed-forward columns, over `tensor`.
-    (rf"{_INSIDE}/(?!.*conv/|(.*/)?(out|down)/)(.*/)?kernel|head/kernel", P("fsdp", "tensor")),
+    (rf"{_INSIDE}/(?!.*conv/|(.*/)?({_SHARED}|out|down)/)(.*/)?kernel|head/kernel", P("fsdp", "tensor")),
     # Row-parallel: inputs over `tensor`. The embedding is read as (V, D) and, when tied, used as the transpose of the
     # output projection: vocabulary over `tensor`, so that logits are split by vocabulary and not summed over devices.
-    (rf"{_INSIDE}/(.*/)?(out|down)/kernel|(.*/)?embedding", P("tensor", "fsdp")),
-    (rf"{_VECTORS}|.*conv/kernel", P()),
+    (rf"{_INSIDE}/(?!.*compress_)(.*/)?(out|down)/kernel|(.*/)?embedding", P("tensor", "fsdp")),
+    (rf"{_VECTORS}|.*conv/kernel|.*/({_SHARED})/kernel", P()),
 )
 """Mesh axes of the last dimensions (see slm.training.mesh); the leading stack axis is never sharded."""
 

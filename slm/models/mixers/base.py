@@ -59,7 +59,12 @@ class Mixer(nn.Module):
     @classmethod
     def rotary_size(cls, cfg: ModelConfig) -> int:
         """Dimensions of a head that rotate; 0: none."""
-        return 2 * round((cfg.mixer.rope_fraction or 0) * head_dim(cfg) / 2)
+        return even_share(cfg, cls.rotated_head(cfg))
+
+    @classmethod
+    def rotated_head(cls, cfg: ModelConfig) -> int:
+        """Size of what mixer.rope_fraction is a share of."""
+        return head_dim(cfg)
 
     @classmethod
     def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
@@ -104,6 +109,17 @@ def configured(row: Row, cfg: ModelConfig) -> ModelConfig:
 
 def head_dim(cfg: ModelConfig) -> int:
     return cfg.head_dim or cfg.width // cfg.heads
+
+
+def even_share(cfg: ModelConfig, size: int) -> int:
+    """mixer.rope_fraction of `size`, as an even number that is no larger."""
+    return 2 * (round((cfg.mixer.rope_fraction or 0) * size) // 2)
+
+
+def logit_scale(cfg: ModelConfig) -> float:
+    """What multiplies q k^T of softmax heads."""
+    # Logits of unit vectors times K**-0.5 would all be near 0 (nGPT, Loshchilov et al. 2024, section 2.3.2).
+    return head_dim(cfg) ** (0.5 if cfg.mixer.qk_norm == "l2" else -0.5)
 
 
 def key_size(cfg: ModelConfig) -> int:

@@ -88,8 +88,8 @@ class DecayMixer(Mixer):
         return 4 * cfg.heads * key_size(cfg) * value_size(cfg)
 
     @classmethod
-    def rotary_size(cls, cfg: ModelConfig) -> int:
-        return 2 * round((cfg.mixer.rope_fraction or 0) * key_size(cfg) / 2)
+    def rotated_head(cls, cfg: ModelConfig) -> int:
+        return key_size(cfg)
 
     @classmethod
     def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:

@@ -59,7 +59,6 @@ class DeltaMixer(Mixer):
         q = rotate(normalise(heads("query", G, K), "query_norm", cfg, self.dtype), context, turned)
         k = rotate(normalise(heads("key", N * G, K), "key_norm", cfg, self.dtype), context, turned)
         v = heads("value", N * H, V)
-        q, k = (jnp.repeat(x, H // G, axis=2) for x in (q, k))
         logits = dense(N * H, "beta", cfg, self.dtype)(x_BxTxD).astype(jnp.float32)
         beta = jax.nn.sigmoid(logits) * (2.0 if m.negative_eigenvalues else 1.0)
         log_decay, segment_ids = self.log_decay(x_BxTxD), context.segment_ids
@@ -68,6 +67,7 @@ class DeltaMixer(Mixer):
             (log_decay,) = live(context, cache, log_decay)
         if N > 1:
             q, k, v, beta, log_decay, segment_ids = steps(N, q, k, v, beta, log_decay, segment_ids)
+        q, k = (jnp.repeat(x, H // G, axis=2) for x in (q, k))
         initial_state, reset_state = self.starting_states((H, K, V), context, cache)
         out, news["state"] = delta_attention(
             q, k, v, beta,
@@ -94,8 +94,8 @@ class DeltaMixer(Mixer):
         return (4 * N + 2) * H * K * V
 
     @classmethod
-    def rotary_size(cls, cfg: ModelConfig) -> int:
-        return 2 * round((cfg.mixer.rope_fraction or 0) * key_size(cfg) / 2)
+    def rotated_head(cls, cfg: ModelConfig) -> int:
+        return key_size(cfg)
 
     @classmethod
     def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
@@ -111,7 +111,7 @@ class GatedDeltaMixer(DeltaMixer):
     def log_decay(self, x_BxTxD):
         H = self.cfg.heads
         logits = dense(H, "step", _unbiased(self.cfg), self.dtype)(x_BxTxD).astype(jnp.float32)
-        rate = self.param("decay", log_uniform_rate(1e-2, 16.0), (H,)).astype(jnp.float32)
+        rate = self.param("decay", log_of_uniform(1e-2, 16.0), (H,)).astype(jnp.float32)
         bias = self.param("bias", step_bias, (H,)).astype(jnp.float32)
         return -jnp.exp(rate) * jax.nn.softplus(logits + bias)
 
@@ -127,7 +127,7 @@ class KimiDeltaMixer(DeltaMixer):
         H, K, rank = cfg.heads, key_size(cfg), cfg.mixer.rank or value_size(cfg)
         low = dense(rank, "step_down", _unbiased(cfg), self.dtype)(x_BxTxD)
         logits = project(low, H, K, "step", _unbiased(cfg), self.dtype).astype(jnp.float32)
-        rate = self.param("decay", log_uniform_rate(1.0, 16.0), (H,)).astype(jnp.float32)
+        rate = self.param("decay", log_of_uniform(1.0, 16.0), (H,)).astype(jnp.float32)
         bias = self.param("bias", step_bias, (H, K)).astype(jnp.float32)
         return -jnp.exp(rate)[:, None] * jax.nn.softplus(logits + bias)
 
@@ -143,9 +143,10 @@ def sizes(cfg: ModelConfig) -> tuple[int, int, int, int, int]:
 def steps(N: int, q, k, v, beta, log_decay, segment_ids):
     """Tokens as N steps each, (B, N T, ...), of which the first decays and begins segments, and the last is read.
 
-    k, v, beta: (B, T, N H, ...), heads of the first step first; the others as `delta_attention` has them.
+    k, v, beta: (B, T, H N, ...), the steps of the first head first, so that heads may lie on several devices; the
+    others as `delta_attention` has them.
     """
-    k, v, beta = (einops.rearrange(x, "B T (N H) ... -> B (T N) H ...", N=N) for x in (k, v, beta))
+    k, v, beta = (einops.rearrange(x, "B T (H N) ... -> B (T N) H ...", N=N) for x in (k, v, beta))
     q = jnp.repeat(q, N, axis=1)
     if log_decay is not None:
         later = jnp.zeros_like(log_decay)
@@ -153,7 +154,7 @@ def steps(N: int, q, k, v, beta, log_decay, segment_ids):
     return q, k, v, beta, log_decay, None if segment_ids is None else jnp.repeat(segment_ids, N, axis=1)
 
 
-def log_uniform_rate(low: float, high: float):
+def log_of_uniform(low: float, high: float):
     """Initializer: the logarithm of a uniform number."""
     return lambda key, shape: jnp.log(jax.random.uniform(key, shape, jnp.float32, low, high))
 

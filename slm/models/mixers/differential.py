@@ -17,8 +17,9 @@ from slm.models.mixers.softmax import SOFTMAX, SoftmaxFamily, key_value_cache, m
 class DifferentialMixer(SoftmaxFamily):
     """(softmax(q1 k1) - lambda softmax(q2 k2)) v, a norm for each head, times 1 - lambda_init (equations 1-3).
 
-    Of the `heads` query heads (and `kv_heads` key heads) the first half are q1 (k1), the second q2 (k2); the half as
-    many values have twice the size, so that the mixer is as large as softmax attention with these heads. `mix` holds
+    Of the `heads` query heads (and `kv_heads` key heads) every first of two is a q1 (k1), every second a q2 (k2), as in
+    the authors' code; the half as many values have twice the size, so that the mixer is as large as softmax attention
+    with these heads. `mix` holds
     the vectors of lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init, lambda_init = 0.8 - 0.6 exp(-0.3 layer).
 
     Raises ConfigError for an odd number of heads.
@@ -37,8 +38,8 @@ class DifferentialMixer(SoftmaxFamily):
         q = normalise(project(x_BxTxD, cfg.heads, K, "query", cfg, self.dtype), "query_norm", cfg, self.dtype)
         k = normalise(project(x_BxTxD, G, K, "key", cfg, self.dtype), "key_norm", cfg, self.dtype)
         v = project(x_BxTxD, G // 2, 2 * K, "value", cfg, self.dtype)
-        q1, q2 = jnp.split(rotate(q, context, size), 2, axis=2)
-        k1, k2 = jnp.split(rotate(k, context, size), 2, axis=2)
+        q1, q2 = pairs(rotate(q, context, size), 2)
+        k1, k2 = pairs(rotate(k, context, size), 2)
         see1, see2 = self._sights()
         if cache is None:
             also = {"segment_ids": context.segment_ids, "implementation": self.implementation(cfg)}
@@ -60,7 +61,7 @@ class DifferentialMixer(SoftmaxFamily):
         see = self.sight()
         if see["sink_logits"] is None:
             return see, see
-        return tuple(see | {"sink_logits": half} for half in jnp.split(see["sink_logits"], 2))
+        return tuple(see | {"sink_logits": half} for half in pairs(see["sink_logits"], 0))
 
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
@@ -73,6 +74,12 @@ class DifferentialMixer(SoftmaxFamily):
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:
         """q k^T of all heads, and weights of all heads times values of twice the size."""
         return 6 * cfg.heads * head_dim(cfg) * mean_keys(length)
+
+
+def pairs(x, axis: int):
+    """(even, odd) entries along the axis, so that a pair of heads lies on one device."""
+    x = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    return jax.lax.index_in_dim(x, 0, axis + 1, False), jax.lax.index_in_dim(x, 1, axis + 1, False)
 
 
 ROWS = {

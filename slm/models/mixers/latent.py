@@ -64,8 +64,8 @@ class LatentMixer(SoftmaxFamily):
         return nn.RMSNorm(epsilon=self.cfg.norm_eps, dtype=self.dtype, name=name)
 
     @classmethod
-    def rotary_size(cls, cfg: ModelConfig) -> int:
-        return 2 * round(cfg.mixer.rope_fraction * rope_size(cfg) / 2)
+    def rotated_head(cls, cfg: ModelConfig) -> int:
+        return rope_size(cfg)
 
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:

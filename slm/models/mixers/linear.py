@@ -117,8 +117,8 @@ class LinearMixer(Mixer):
         return jax.eval_shape(feature_map(cfg), x).shape[-1]
 
     @classmethod
-    def rotary_size(cls, cfg: ModelConfig) -> int:
-        return 2 * (round((cfg.mixer.rope_fraction or 0) * cls.projected_size(cfg)) // 2)
+    def rotated_head(cls, cfg: ModelConfig) -> int:
+        return cls.projected_size(cfg)
 
     @classmethod
     def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:

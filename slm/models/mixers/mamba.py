@@ -28,7 +28,7 @@ from slm.models.mixers.base import (
     short_conv,
     value_size,
 )
-from slm.models.mixers.delta import log_uniform_rate, step_bias
+from slm.models.mixers.delta import log_of_uniform, step_bias
 
 
 class Mamba2Mixer(Mixer):
@@ -54,13 +54,13 @@ class Mamba2Mixer(Mixer):
         k = rotate(normalise(heads("key", G, K), "key_norm", cfg, self.dtype), context, turned)
         v = heads("value", H, V)
         logits = dense(H, "step", cfg, self.dtype)(x_BxTxD).astype(jnp.float32)
-        rate = self.param("decay", log_uniform_rate(1.0, 16.0), (H,)).astype(jnp.float32)
+        rate = self.param("decay", log_of_uniform(1.0, 16.0), (H,)).astype(jnp.float32)
         dt = jax.nn.softplus(logits + self.param("bias", step_bias, (H,)).astype(jnp.float32))
         k, dt = live(context, cache, k, dt)
-        write = v.astype(jnp.float32) * dt[..., None]
+        write = (v.astype(jnp.float32) * dt[..., None]).astype(self.dtype)
         out, news["state"] = self.recur(x_BxTxD, q, k, write, -jnp.exp(rate) * dt, context, cache)
         skip = self.param("skip", nn.initializers.ones, (H,)).astype(jnp.float32)
-        out += einops.einsum(skip, v.astype(jnp.float32), "H, B T H V -> B T H V")
+        out = out.astype(jnp.float32) + einops.einsum(skip, v.astype(jnp.float32), "H, B T H V -> B T H V")
         return finish(out, x_BxTxD, cfg, self.dtype), None if cache is None else news
 
     def recur(self, x_BxTxD, q, k, v, log_decay, context: Context, cache):
@@ -94,8 +94,8 @@ class Mamba2Mixer(Mixer):
         return 4 * H * K * V
 
     @classmethod
-    def rotary_size(cls, cfg: ModelConfig) -> int:
-        return 2 * round((cfg.mixer.rope_fraction or 0) * key_size(cfg) / 2)
+    def rotated_head(cls, cfg: ModelConfig) -> int:
+        return key_size(cfg)
 
     @classmethod
     def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
@@ -135,6 +135,10 @@ class LogLinearMamba2Mixer(Mamba2Mixer):
 
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
+        if levels_of(length) > levels_of(cfg.mixer.horizon):
+            raise ConfigError(
+                f"model.mixer.horizon = {cfg.mixer.horizon}: log-linear layers cannot remember {length} tokens"
+            )
         cache = super().init_cache(cfg, batch, length, dtype)
         H, K, V = cache["state"].shape[1:]
         # One more than the past of the last token needs: what the token after it would.

@@ -37,7 +37,9 @@ class RGLRUMixer(Mixer):
         rate = self.param("decay", _slow_decays, (H, V)).astype(jnp.float32)
         log_a = -SHARPNESS * jax.nn.softplus(rate) * forget
         first = (context.positions == 0)[..., None, None]
-        room = jnp.where(first, 1.0, jnp.sqrt(-jnp.expm1(2 * jnp.where(first, -1.0, log_a))))
+        # Bounded, because the root has no slope at 0, where a forget gate that underflows puts it.
+        left = jnp.maximum(-jnp.expm1(2 * jnp.where(first, -1.0, log_a)), 1e-12)
+        room = jnp.where(first, 1.0, jnp.sqrt(left))
         x = room * enter * u.astype(jnp.float32)
         x, log_a = live(context, cache, x.reshape(B, T, H * V), log_a.reshape(B, T, H * V))
         state, reset_state = self.starting_states((H * V,), context, cache)

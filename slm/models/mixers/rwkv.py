@@ -68,10 +68,6 @@ class RWKVMixer(Mixer):
         return {"state": state, "shift": jnp.zeros((batch, cfg.width), dtype)}
 
     @classmethod
-    def rotary_size(cls, cfg: ModelConfig) -> int:
-        return 0
-
-    @classmethod
     def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
         return "pallas" if recurrent_backend(cfg) == "pallas" else "xla"
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.attention import cached_attention, indexed_attention, moba_attention, nsa_attention
+from slm.attention import cached_attention, choose_implementation, indexed_attention, moba_attention, nsa_attention
 from slm.attention.indexer import attach_loss, choose_form
 from slm.attention.moba import mean_keys_of_blocks
 from slm.attention.nsa import FORCED, compressed_attention, mean_of_blocks, mix_branches
@@ -20,7 +20,18 @@ from slm.attention.selection import find_places, selected_attention
 from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
 from slm.models.layers import dense
-from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, normalise, project, rotate
+from slm.models.mixers.base import (
+    Context,
+    Mixer,
+    Row,
+    even_share,
+    finish,
+    head_dim,
+    logit_scale,
+    normalise,
+    project,
+    rotate,
+)
 from slm.models.mixers.softmax import attend_and_store, key_value_cache, mean_keys, store
 from slm.models.rope import rope_tables
 
@@ -38,7 +49,7 @@ class MobaMixer(Mixer):
         check_backend(cfg)
         q = queries(self, x_BxTxD, context)
         k, v = keys_and_values(self, x_BxTxD, context)
-        sizes = {"block_size": m.block_size, "top_k": m.top_k}
+        sizes = {"block_size": m.block_size, "top_k": m.top_k, "scale": logit_scale(cfg)}
         if cache is None:
             out = moba_attention(q, k, v, segment_ids=context.segment_ids, **sizes)
         else:
@@ -96,7 +107,7 @@ class NsaMixer(Mixer):
             k, v = zip(*(pairs if m.branch_keys else pairs * 3), strict=True)
             out = nsa_attention(
                 q, k, v, gates, block_size=m.block_size, top_k=m.top_k, window=m.window, compress=compress,
-                segment_ids=context.segment_ids,
+                scale=logit_scale(cfg), segment_ids=context.segment_ids, implementation=m.implementation,
             )  # fmt: skip
         else:
             new = {
@@ -108,7 +119,7 @@ class NsaMixer(Mixer):
 
     def extend(self, q, new, gates, compress, cache):
         """(attention of new queries over a cache, cache with the new keys and values)."""
-        m, at, scale = self.cfg.mixer, new[""]["positions"], q.shape[-1] ** -0.5
+        m, at, scale = self.cfg.mixer, new[""]["positions"], logit_scale(self.cfg)
         news = store(part(cache), new[""])
         keys, values = (news[name].astype(q.dtype) for name in ("key", "value"))
         if m.branch_keys:
@@ -128,10 +139,10 @@ class NsaMixer(Mixer):
         fine = selected_attention(q, keys, values, chosen, places, scale)
         if m.branch_keys:
             k, v = new["window_"]["key"], new["window_"]["value"]
-            near, window = attend_and_store(q, k, v, at, part(cache, "window_"), m.window)
+            near, window = attend_and_store(q, k, v, at, part(cache, "window_"), m.window, scale=scale)
             news |= prefixed("window_", window)
         else:
-            near = attend_near(q, keys, values, at, m.window)
+            near = attend_near(q, keys, values, at, m.window, scale)
         return mix_branches(gates, coarse, fine, near), news | prefixed("compressed_", compressed)
 
     @classmethod
@@ -146,6 +157,14 @@ class NsaMixer(Mixer):
             for prefix, slots in (("block_", m.block_size), ("window_", min(length, m.window))):
                 cache |= prefixed(prefix, key_value_cache(batch, slots, G, K, K, dtype))
         return cache
+
+    @classmethod
+    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
+        window = cfg.mixer.implementation
+        if window == "auto":
+            shape = (1, length, cfg.heads, head_dim(cfg))
+            window = choose_implementation(shape, dtype, window=cfg.mixer.window, extras=segments, platform=platform)
+        return f"xla, window {window}"
 
     @classmethod
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:
@@ -212,7 +231,7 @@ class IndexedMixer(Mixer):
         if cache is None:
             out, loss = indexed_attention(
                 q, k, v, index_q, index_k, index_w, top_k=m.top_k, segment_ids=context.segment_ids,
-                implementation=m.implementation,
+                scale=logit_scale(cfg), implementation=m.implementation,
             )  # fmt: skip
             out = attach_loss(out, loss.mean())
         else:
@@ -221,14 +240,14 @@ class IndexedMixer(Mixer):
             keys, values, index_keys = (cache[name].astype(q.dtype) for name in ("key", "value", "index_key"))
             out, _ = indexed_attention(
                 q, keys, values, index_q, index_keys, index_w, top_k=m.top_k, query_positions=context.positions,
-                implementation=m.implementation,
+                scale=logit_scale(cfg), implementation=m.implementation,
             )  # fmt: skip
         return finish(out, x_BxTxD, cfg, self.dtype), cache
 
     def rotate_index(self, x_BxTxIxJ, context: Context):
         """Rotary positions on the same share of an index head as of an attention head."""
         cfg = self.cfg
-        size = 2 * round(cfg.mixer.rope_fraction * cfg.mixer.index_dim / 2)
+        size = even_share(cfg, cfg.mixer.index_dim)
         if not context.rope or not size:
             return x_BxTxIxJ
         if size not in context.rope:
@@ -314,17 +333,19 @@ def refresh(summaries_BxNxGxK, x_BxSxGxK, positions_BxT, block: int, summarise, 
         new = at >= origin_Bx1[..., None]
         at = jnp.where(new, block + at - origin_Bx1[..., None], at % block)
     blocks = jax.vmap(lambda x, at: x[at])(x_BxSxGxK, jnp.clip(at, 0, x_BxSxGxK.shape[1] - 1))
-    row, number = jnp.arange(len(number))[:, None], jnp.where(number < 0, N, number)
+    # A row of padding alone begins nowhere.
+    row, number = jnp.arange(len(number))[:, None], jnp.where(positions_BxT[:, :1] < 0, N, number)
     news = summarise(blocks).astype(summaries_BxNxGxK.dtype)
     return summaries_BxNxGxK.at[row, number].set(news, mode="drop")
 
 
-def attend_near(q, k_BxSxGxK, v_BxSxGxV, positions_BxT, window: int):
+def attend_near(q, k_BxSxGxK, v_BxSxGxV, positions_BxT, window: int, scale: float):
     """Window attention over a cache with the key of position p in slot p, at a cost of the window's keys only."""
     S, T = k_BxSxGxK.shape[1], positions_BxT.shape[1]
     at = positions_BxT[:, :1] - window + 1 + jnp.arange(min(window + T - 1, S + window))
     k, v = (jax.vmap(lambda x, at: x[at])(x, jnp.clip(at, 0, S - 1)) for x in (k_BxSxGxK, v_BxSxGxV))
-    return cached_attention(q, k, v, positions_BxT, jnp.where((at < 0) | (at >= S), -1, at), window=window)
+    key_positions = jnp.where((at < 0) | (at >= S), -1, at)
+    return cached_attention(q, k, v, positions_BxT, key_positions, window=window, scale=scale)
 
 
 SELECTION = MixerConfig(

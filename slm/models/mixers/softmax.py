@@ -1,6 +1,7 @@
 """Exact softmax attention: grouped heads, sliding window, sinks, soft cap, output gate."""
 
 import dataclasses
+import importlib.util
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from slm.attention import cached_attention, choose_implementation, softmax_attention
 from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
-from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, normalise, project, rotate
+from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, logit_scale, normalise, project, rotate
 
 
 class SoftmaxFamily(Mixer):
@@ -25,7 +26,7 @@ class SoftmaxFamily(Mixer):
         if m.sink_logits:
             sink_logits = self.param("sink", nn.initializers.zeros, (self.cfg.heads,)).astype(jnp.float32)
         # Logits of unit vectors times K**-0.5 would all be near 0 (nGPT, Loshchilov et al. 2024, section 2.3.2).
-        scale = head_dim(self.cfg) ** 0.5 if m.qk_norm == "l2" else None
+        scale = logit_scale(self.cfg)
         sees = {"sinks": m.sinks or 0, "sink_logits": sink_logits, "softcap": m.softcap or None}
         return {"window": m.window, "scale": scale, **sees}
 
@@ -36,6 +37,8 @@ class SoftmaxFamily(Mixer):
         if chosen == "pallas":
             raise ConfigError("model.mixer.implementation = pallas: softmax attention has none; use auto or blocked")
         served = cls.plain and not (m.sinks or m.sink_logits or (m.softcap and chosen == "cudnn"))
+        if chosen == "tokamax" and not importlib.util.find_spec("tokamax"):
+            raise ConfigError("model.mixer.implementation = tokamax: `pip install tokamax`, or use auto")
         if chosen in ("cudnn", "tokamax") and not served:
             raise ConfigError(
                 f"model.mixer.implementation = {chosen} serves neither sinks, sink_logits, forget gates nor values of "
@@ -113,7 +116,18 @@ def attend_and_store(q, k, v, positions_BxT, cache, window=None, sinks=0, **see)
     """
     seen, stored = remember(cache, {"key": k, "value": v, "positions": positions_BxT}, window, sinks)
     keys, values = seen["key"].astype(q.dtype), seen["value"].astype(q.dtype)
-    out = cached_attention(q, keys, values, positions_BxT, seen["positions"], window=window, sinks=sinks, **see)
+    old = seen["positions"].shape[1] - positions_BxT.shape[1]
+    out = cached_attention(
+        q,
+        keys,
+        values,
+        positions_BxT,
+        seen["positions"],
+        window=window,
+        sinks=sinks,
+        old=old if window else None,
+        **see,
+    )
     return out, stored
 
 
@@ -129,7 +143,8 @@ def remember(cache: dict, new: dict, window: int | None = None, sinks: int = 0) 
 def store(cache: dict, new: dict, sinks: int = 0) -> dict:
     """`cache` with the tokens of `new` written; entries are (B, slots, ...) and (B, T, ...), `positions` among them.
 
-    The first `sinks` positions keep slots of their own; the others share a ring of what is left.
+    The first `sinks` positions keep slots of their own; the others share a ring of what is left: what there is no slot
+    for overwrites the oldest, so whoever makes a cache without a window must make it long enough.
     """
     positions = new["positions"]
     slots = cache["positions"].shape[1]

@@ -11,7 +11,7 @@ from slm.attention.patterns import Pattern, causal, parse, reach
 from slm.attention.sparse import blocks_computed, cached_sparse_attention, sparse_attention
 from slm.config import ModelConfig
 from slm.errors import ConfigError
-from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim
+from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, logit_scale
 from slm.models.mixers.softmax import SOFTMAX, key_value_cache, projections, remember
 
 BLOCK = 64
@@ -29,9 +29,7 @@ class SparseMixer(Mixer):
         cfg, m = self.cfg, self.cfg.mixer
         check_backend(cfg)
         q, k, v = projections(x_BxTxD, cfg, self.dtype, context, self.rotary_size(cfg))
-        # Logits of unit vectors times K**-0.5 would all be near 0 (nGPT, Loshchilov et al. 2024, section 2.3.2).
-        scale = head_dim(cfg) ** 0.5 if m.qk_norm == "l2" else None
-        see = {"pattern": mask(cfg), "scale": scale, "softcap": m.softcap or None}
+        see = {"pattern": mask(cfg), "scale": logit_scale(cfg), "softcap": m.softcap or None}
         if cache is None:
             ids = context.segment_ids
             positions = None if ids is None else context.positions
