@@ -218,30 +218,31 @@ def _scalar_backward(d_after, state, q, k, v, log_decay, d_out):
 # One decay a channel.
 
 
-def _halves(x_ZxHxCxK, m: int):
-    """(Z, H, C, K) -> (Z, H, pairs, 2, m, K)."""
-    Z, H, _, K = x_ZxHxCxK.shape
-    return x_ZxHxCxK.reshape(Z, H, -1, 2, m, K)
+def halves(x, m: int):
+    """(..., C, K) -> (..., pairs, 2, m, K)."""
+    return x.reshape(*x.shape[:-2], -1, 2, m, x.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _scale_half(x_ZxHxCxK, factor_ZxHxPxK, half: int):
-    """x with the earlier (0) or the later (1) half of each of P parts of the chunk times the part's factor."""
-    m = x_ZxHxCxK.shape[2] // (2 * factor_ZxHxPxK.shape[2])
+def scale_half(x, factor, half: int):
+    """x (..., C, K) with the earlier (0) or the later (1) half of each of P parts of the chunk times the part's factor,
+    (..., P, K or 1)."""
+    m = x.shape[-2] // (2 * factor.shape[-2])
     here = np.arange(2).reshape(2, 1, 1) == half
-    scaled = _halves(x_ZxHxCxK, m) * jnp.where(here, factor_ZxHxPxK[:, :, :, None, None], 1.0)
-    return scaled.reshape(x_ZxHxCxK.shape)
+    return (halves(x, m) * jnp.where(here, factor[..., None, None, :], 1.0)).reshape(x.shape)
 
 
 def _scale_half_backward(half, residuals, d):
     x, factor = residuals
-    m = x.shape[2] // (2 * factor.shape[2])
+    m = x.shape[-2] // (2 * factor.shape[-2])
     # Written out, since XLA:CPU is slow in the reduction that the gradient of a broadcast becomes.
-    d_factor = (_halves(x, m)[:, :, :, half] * _halves(d, m)[:, :, :, half]).sum(3)
-    return _scale_half(d, factor, half), d_factor
+    d_factor = (halves(x, m)[..., half, :, :] * halves(d, m)[..., half, :, :]).sum(-2)
+    if factor.shape[-1] == 1:
+        d_factor = d_factor.sum(-1, keepdims=True)
+    return scale_half(d, factor, half), d_factor
 
 
-_scale_half.defvjp(lambda x, factor, half: (_scale_half(x, factor, half), (x, factor)), _scale_half_backward)
+scale_half.defvjp(lambda x, factor, half: (scale_half(x, factor, half), (x, factor)), _scale_half_backward)
 
 
 def _level(c: int, m: int):
@@ -270,10 +271,10 @@ def _inside(q, k, v, log_decay):
             scores = product("ZHNCK,ZHNSK->ZHNCS", queries.reshape(Z, H, -1, c, K), keys.reshape(Z, H, -1, c, K))
             near = jnp.where(_level(c, m), scores, near)
         else:
-            scores = product("ZHNCK,ZHNSK->ZHNCS", _halves(queries, m)[:, :, :, 1], _halves(keys, m)[:, :, :, 0])
-            far.append(product("ZHNCS,ZHNSV->ZHNCV", scores, _halves(v, m)[:, :, :, 0]))
-        first, second = (_halves(through, 1)[:, :, :, half, 0] for half in (0, 1))
-        queries, keys, through = _scale_half(queries, first, 1), _scale_half(keys, second, 0), first * second
+            scores = product("ZHNCK,ZHNSK->ZHNCS", halves(queries, m)[:, :, :, 1], halves(keys, m)[:, :, :, 0])
+            far.append(product("ZHNCS,ZHNSV->ZHNCV", scores, halves(v, m)[:, :, :, 0]))
+        first, second = (halves(through, 1)[:, :, :, half, 0] for half in (0, 1))
+        queries, keys, through = scale_half(queries, first, 1), scale_half(keys, second, 0), first * second
         m *= 2
     out = product("ZHNCS,ZHNSV->ZHNCV", near, v.reshape(Z, H, -1, c, v.shape[-1])).reshape(v.shape)
     for x in far:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from slm.attention.chunks import halves, scale_half
 from slm.attention.triangular import inverse_unit_lower, join, product
 
 FLOOR = -110.0
@@ -150,7 +151,9 @@ def decayed_products(reads, writes, log_decay_NxBxHxCxK):
     """sum_c x_ic y_jc (decay of channel c between j and i) for j < i, zero elsewhere, of every read x and write y.
 
     Pairs meet at the middle of the smallest aligned block of 2, 4, 8 ... tokens that holds both: the read brings the
-    decay since the middle, the write the decay up to it, both at most 1, and the rest is a matrix product.
+    decay since the middle, the write the decay up to it, both at most 1, and the rest is a matrix product. Both grow
+    from level to level by the decay over the neighbouring block. (Exponentials of sums, made anew at each level, cost
+    more, and XLA:CPU needs minutes to compile their gradient.)
 
     Args:
       reads: [(x (N, B, H, C, K), whether it sees its own token's decay)].
@@ -159,28 +162,19 @@ def decayed_products(reads, writes, log_decay_NxBxHxCxK):
     Returns:
       For each read a list of (N, B, H, C, C), one for each write.
     """
-    C = writes[0].shape[-2]
+    C, size, through = writes[0].shape[-2], 1, jnp.exp(log_decay_NxBxHxCxK)
     blocks = [[jnp.zeros((*x.shape[:-1], 1, 1), jnp.float32)] * len(writes) for x, _ in reads]
-    size = 1
+    reads = [x * through if own else x for x, own in reads]
     while size < C:
-        early, late = (_halves(log_decay_NxBxHxCxK, size, half) for half in (0, 1))
-        since = sum_before(late)
-        since = jnp.exp(since), jnp.exp(since + late)
-        until = jnp.exp(sum_after(early))
-        decayed = [_halves(y, size, 0) * until for y in writes]
-        for index, (x, own) in enumerate(reads):
-            x = _halves(x, size, 1) * since[own]
-            blocks[index] = [
-                join(block[..., ::2, :, :], product(x, y.mT), block[..., 1::2, :, :])
-                for block, y in zip(blocks[index], decayed)
-            ]
-        size *= 2
+        late, early = ([halves(x, size)[..., half, :, :] for x in kind] for kind, half in ((reads, 1), (writes, 0)))
+        blocks = [
+            [join(b[..., ::2, :, :], product(x, y.mT), b[..., 1::2, :, :]) for b, y in zip(kind, early, strict=True)]
+            for kind, x in zip(blocks, late, strict=True)
+        ]
+        first, second = through[..., ::2, :], through[..., 1::2, :]
+        reads, writes = [scale_half(x, first, 1) for x in reads], [scale_half(y, second, 0) for y in writes]
+        through, size = first * second, 2 * size
     return [[block[..., 0, :, :] for block in kind] for kind in blocks]
-
-
-def _halves(x, size, half):
-    """(..., C, K) -> (..., C / 2 size, size, K): the first (0) or second (1) halves of blocks of 2 size tokens."""
-    return x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])[..., half, :, :]
 
 
 class Chunk(NamedTuple):
