@@ -61,9 +61,11 @@ def main():
 def layer(name: str, options):
     """((parameters, x) -> sum, abstract (parameters, x) at a length) of one mixer."""
     mechanism, _, implementation = name.partition(" ")
+    row = MIXERS[mechanism]
+    horizon = max(options.lengths) if row.defaults.horizon else None
     cfg = ModelConfig(vocab_size=8, layers=1, width=options.width, heads=options.heads, attention=(mechanism,),
-                      mixer=MixerConfig(implementation=implementation or None))  # fmt: skip
-    transformer, row = Transformer(cfg), MIXERS[mechanism]
+                      mixer=MixerConfig(implementation=implementation or None, horizon=horizon))  # fmt: skip
+    transformer = Transformer(cfg)
     mixer = row.mixer(configured(row, cfg), jnp.float32)
     params = jax.jit(transformer.init)(jax.random.key(0))["blocks"]["0"]["mixer"]
     params = jax.tree.map(lambda leaf: leaf[0], params)
@@ -162,32 +164,67 @@ def summary(rows: list[dict]) -> None:
         )
 
 
+FAMILIES = {
+    "exact, or chosen by content": ("softmax", "latent", "forgetting", "differential", "selection"),
+    "windows, patterns, convolutions": ("sparse", "conv"),
+    "feature maps, decay": ("linear", "decay"),
+    "delta rule, RWKV, state spaces": ("delta", "rwkv", "mamba", "rglru"),
+}
+"""Title of a panel to modules of slm.models.mixers; windows of softmax attention belong to the second."""
+
+
+def family(name: str) -> str:
+    row = MIXERS[name.partition(" ")[0]]
+    module = row.mixer.__module__.rpartition(".")[2]
+    module = "sparse" if module == "softmax" and row.defaults.window else module
+    return next(title for title, modules in FAMILIES.items() if module in modules)
+
+
 def plot(rows: list[dict], path: Path) -> None:
+    """Times in a panel for each family, exact softmax attention in all of them; memory and products of all."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(row["mechanism"] for row in rows))
-    styles = [(colour, line) for line in ("-", "--", ":", "-.") for colour in plt.get_cmap("tab10").colors]
-    figure, axes = plt.subplots(1, 3, figsize=(17, 7), sharex=True)
+    exact = [name for name in (NAIVE, "softmax") if any(row["mechanism"] == name for row in rows)]
+    names = [name for name in dict.fromkeys(row["mechanism"] for row in rows) if name not in exact]
+    styles = [(colour, line) for line in ("-", "--") for colour in plt.get_cmap("tab10").colors]
+    figure, axes = plt.subplots(2, 3, figsize=(19, 11), sharex=True)
+
+    def draw(axis, name, value, **style):
+        mine = [row for row in rows if row["mechanism"] == name]
+        axis.loglog([row["length"] for row in mine], [value(row) for row in mine], **style)
+
+    def bounds(axis, value):
+        for name, line in zip(exact, ("k:", "k-")):
+            draw(axis, name, value, color="k", ls=line[1:], lw=3, label="softmax, naive" if name == NAIVE else name)
+
+    for axis, title in zip((axes[0, 0], axes[0, 1], axes[1, 0], axes[1, 1]), FAMILIES):
+        bounds(axis, median)
+        for name, (colour, line) in zip((name for name in names if family(name) == title), styles):
+            draw(axis, name, median, color=colour, ls=line, lw=1.5, marker=".", label=name)
+        axis.set_title(f"seconds: {title}")
+        axis.set_ylim(0.1, 40)
+        axis.legend(fontsize=8, ncol=2, loc="upper left")
     quantities = (
-        ("seconds, forward + backward", median),
         ("memory besides inputs, MB", lambda row: row["temporary_bytes"] / 2**20),
         ("matrix products, GFLOP", lambda row: row["flops"] / 1e9),
     )
-    for axis, (title, value) in zip(axes, quantities):
-        for name, (colour, line) in zip(names, styles):
-            mine = [row for row in rows if row["mechanism"] == name]
-            wide = 3 if name.startswith("softmax") else 1.2
-            axis.loglog([r["length"] for r in mine], [value(r) for r in mine], line, color=colour, lw=wide, label=name)
-        axis.set_xscale("log", base=2)
+    for axis, (title, value) in zip(axes[:, 2], quantities):
+        bounds(axis, value)
+        for colour, shown in zip(plt.get_cmap("tab10").colors, FAMILIES):
+            for number, name in enumerate(name for name in names if family(name) == shown):
+                draw(axis, name, value, color=colour, lw=1, label=None if number else shown)
         axis.set_title(title)
-        axis.set_xlabel("length T")
+        axis.legend(fontsize=8)
+    for axis in axes.flat:
+        axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 0.89, 1))
-    figure.savefig(path, dpi=110)
+    for axis in axes[1]:
+        axis.set_xlabel("length T")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
 
 
 def record(options, rows: list[dict]) -> dict:

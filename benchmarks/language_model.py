@@ -1,7 +1,7 @@
 """Language models that differ in their attention only: equal parameters, tokens and data, several seeds.
 
     python benchmarks/language_model.py --text FOLDER_OF_TXT --json FILE [--models NAME ...] [--seeds 3]
-                                        [--rates 2e-3 4e-3] [--plot FILE]
+                                        [--rates 4e-3 8e-3] [--plot FILE]
 
 Each model is a layer pattern over six layers; its feed-forward width is chosen so that all have the parameters of
 softmax within 1 %. The learning rate is chosen per model on seed 0 by validation loss, the other seeds use it. The file
@@ -25,7 +25,7 @@ from pool import run_jobs
 import slm
 from slm.models.counts import cache_bytes, flops_per_token, parameter_counts, with_parameters
 
-LENGTH, LAYERS, STEPS = 256, 6, 300
+LENGTH, LAYERS, STEPS = 128, 6, 300
 MODELS = {
     # mechanisms, in all layers
     "softmax": "softmax", "forgetting": "forgetting", "differential": "differential", "mla": "mla", "window": "window",
@@ -44,7 +44,9 @@ def experiment(pattern: str, rate: float, seed: int, folder: str, text: str) -> 
     model = slm.ModelConfig(vocab_size=512, layers=LAYERS, width=64, heads=2)
     total = parameter_counts(model)["total"]
     # A window that is a quarter of the training length, so that it is a constraint at this scale.
-    switches = slm.MixerConfig(window=64) if pattern in ("window", "streaming", "gemma3", "recurrent_gemma") else None
+    switches = (
+        slm.MixerConfig(window=LENGTH // 4) if pattern in ("window", "streaming", "gemma3", "recurrent_gemma") else None
+    )
     model = dataclasses.replace(model, attention=(pattern,), mixer=switches or slm.MixerConfig())
     return slm.Experiment(
         name="run",
@@ -95,7 +97,7 @@ def main():
     parser.add_argument("--text", help="folder of .txt files")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 8e-3])
     parser.add_argument("--cores", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
