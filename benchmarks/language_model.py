@@ -43,11 +43,13 @@ def experiment(pattern: str, rate: float, seed: int, folder: str, text: str) -> 
     files = sorted(map(str, Path(text).glob("*.txt")))
     model = slm.ModelConfig(vocab_size=512, layers=LAYERS, width=64, heads=2)
     total = parameter_counts(model)["total"]
-    # A window that is a quarter of the training length, so that it is a constraint at this scale.
-    switches = (
-        slm.MixerConfig(window=LENGTH // 4) if pattern in ("window", "streaming", "gemma3", "recurrent_gemma") else None
+    # Windows of a quarter of the training length, and blocks to match, so that they are constraints at this scale.
+    windowed = ("window", "streaming", "nsa", "gemma3", "recurrent_gemma")
+    switches = slm.MixerConfig(
+        window=LENGTH // 4 if pattern in windowed else None,
+        block_size=LENGTH // 8 if pattern in ("moba", "nsa") else None,
     )
-    model = dataclasses.replace(model, attention=(pattern,), mixer=switches or slm.MixerConfig())
+    model = dataclasses.replace(model, attention=(pattern,), mixer=switches)
     return slm.Experiment(
         name="run",
         dir=folder,
@@ -83,7 +85,7 @@ def work(job: dict, text: str) -> dict:
 
 
 def buckets(scores: dict, size: int = LENGTH // 4) -> list[float]:
-    """Mean bits a token of targets 0 ... 63, 64 ... 127, and so on, of windows of 4 T."""
+    """Mean bits a token of each quarter of a training length, in windows of 4 T."""
     losses, tokens = scores["loss_by_position"], scores["tokens_by_position"]
     found = []
     for start in range(0, 4 * LENGTH, size):
