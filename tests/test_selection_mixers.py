@@ -205,5 +205,5 @@ def test_what_cannot_be_served_is_refused(name, changes, message):
 
 def test_the_choice_of_form_is_reported():
     mixer, cfg = mixer_of("dsa")
-    assert mixer.backend(cfg, 128, jnp.float32, "cpu", False) == "xla"
+    assert mixer.backend(cfg, 8 * cfg.mixer.top_k, jnp.float32, "cpu", False) == "xla"
     assert mixer.backend(cfg, 1024, jnp.float32, "cpu", False) == "gather"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from slm.attention.moba import check_heads
 from slm.attention.selection import find_places, largest, over_queries
 
-GATHER_BEYOND = 32
+GATHER_BEYOND = 8
 """Times top_k keys, from which on gathering the chosen ones is faster than masking the others, forwards and backwards
 together (measured on a CPU)."""
 
