@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from slm.attention.recurrence import changes
+from slm.attention.recurrence import changes, check_shapes
 
 CHUNK = 64
 """Tokens that are taken one after the other, in all chunks at once."""
@@ -40,9 +40,7 @@ def diagonal_recurrence(
         "segment_ids": (segment_ids, (B, T)),
         "reset_state": (reset_state, (D,)),
     }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape}, since x has {x.shape}")
+    check_shapes(expected)
     if form not in ("recurrent", "chunked"):
         raise ValueError(f"form = {form!r}: must be recurrent or chunked")
     if chunk < 1:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm.attention.forget import cumulative_forget, document_starts
-from slm.attention.recurrence import changes
+from slm.attention.recurrence import changes, check_shapes
 from slm.attention.wy import FLOOR, log_between, sum_after, sum_before
 
 BLOCK = 128
@@ -101,9 +101,7 @@ def _check(q, k, v, log_decay, level_scale, initial_state, segment_ids, position
     }
     if initial_state is not None:
         expected["initial_state"] = initial_state, (B, H, *initial_state.shape[2:3], K, V)
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape}, since v has {v.shape}")
+    check_shapes(expected)
 
 
 def _recurrent(q, k, v, log_decay, level_scale, state, segment_ids, positions):

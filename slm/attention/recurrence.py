@@ -89,9 +89,7 @@ def check(q, k, v, log_decay, initial_state, segment_ids, reset_state, form, chu
         "segment_ids": (segment_ids, (B, T)),
         "reset_state": (reset_state, (H, K, V)),
     }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    check_shapes(expected)
     if form not in ("recurrent", "chunked"):
         raise ValueError(f"form = {form!r}: must be recurrent or chunked")
     if chunk < 1:
@@ -102,6 +100,13 @@ def check(q, k, v, log_decay, initial_state, segment_ids, reset_state, form, chu
         raise ValueError(f'implementation = "pallas": the kernel has the chunked form only, not {form}: use xla')
     if implementation not in ("auto", "xla", "pallas"):
         raise ValueError(f"implementation = {implementation!r}: must be auto, xla or pallas")
+
+
+def check_shapes(expected: dict) -> None:
+    """Raises ValueError for the first array of {name: (array or None, shape)} that has another shape."""
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
 
 
 def changes(segment_ids):

@@ -90,6 +90,18 @@ class Mixer(nn.Module):
         return state, None
 
 
+class RecurrentMixer(Mixer):
+    """Base of mixers over the engines of slm.attention that carry a state from token to token."""
+
+    @classmethod
+    def rotated_head(cls, cfg: ModelConfig) -> int:
+        return key_size(cfg)
+
+    @classmethod
+    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
+        return "pallas" if recurrent_backend(cfg) == "pallas" else "xla"
+
+
 class Row(NamedTuple):
     """One mechanism: its mixer, and the switches that it has with the values of its paper (None: has it not)."""
 

@@ -17,7 +17,7 @@ from slm.config import MixerConfig, ModelConfig
 from slm.models.layers import dense
 from slm.models.mixers.base import (
     Context,
-    Mixer,
+    RecurrentMixer,
     Row,
     conv_cache,
     finish,
@@ -35,7 +35,7 @@ GATE_NORMALIZER = 16.0
 """tau of GLA (Yang et al. 2024, section 4.4): log decays are log_sigmoid / tau, near 0 at the beginning."""
 
 
-class DecayMixer(Mixer):
+class DecayMixer(RecurrentMixer):
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T, out_t = scale q_t^T S_t, then norm and gate.
 
     Subclasses say what q, k and v pass before (`activate`) and what decays (`forget`).
@@ -86,14 +86,6 @@ class DecayMixer(Mixer):
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:
         """Of the definition: one write and one read of the state (a chunked form computes more)."""
         return 4 * cfg.heads * key_size(cfg) * value_size(cfg)
-
-    @classmethod
-    def rotated_head(cls, cfg: ModelConfig) -> int:
-        return key_size(cfg)
-
-    @classmethod
-    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
-        return "pallas" if recurrent_backend(cfg) == "pallas" else "xla"
 
 
 class RetNetMixer(DecayMixer):

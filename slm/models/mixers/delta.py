@@ -19,7 +19,7 @@ from slm.errors import ConfigError
 from slm.models.layers import dense
 from slm.models.mixers.base import (
     Context,
-    Mixer,
+    RecurrentMixer,
     Row,
     conv_cache,
     finish,
@@ -34,7 +34,7 @@ from slm.models.mixers.base import (
 )
 
 
-class DeltaMixer(Mixer):
+class DeltaMixer(RecurrentMixer):
     """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T (Schlag et al. 2021; Yang et al. 2024, 2406.06484, section 2),
     with beta_t = sigmoid(W x_t), or twice that with `negative_eigenvalues` (Grazzi et al. 2025, 2411.12537).
 
@@ -92,14 +92,6 @@ class DeltaMixer(Mixer):
         """Of the definition: S^T k and the write for each key, and one read (a chunked form computes more)."""
         H, _, N, K, V = sizes(cfg)
         return (4 * N + 2) * H * K * V
-
-    @classmethod
-    def rotated_head(cls, cfg: ModelConfig) -> int:
-        return key_size(cfg)
-
-    @classmethod
-    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
-        return "pallas" if recurrent_backend(cfg) == "pallas" else "xla"
 
 
 class GatedDeltaMixer(DeltaMixer):

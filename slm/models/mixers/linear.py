@@ -30,7 +30,7 @@ from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
 from slm.models.mixers.base import (
     Context,
-    Mixer,
+    RecurrentMixer,
     Row,
     conv_cache,
     finish,
@@ -45,7 +45,7 @@ from slm.models.mixers.base import (
 )
 
 
-class LinearMixer(Mixer):
+class LinearMixer(RecurrentMixer):
     """out_t = phi(q_t)^T S_t / phi(q_t) . z_t with the map `feature_map` (Katharopoulos et al. 2020, equations 16-20).
 
     q and k pass a short convolution, a norm and rotary positions, if any, before the map. The papers of these
@@ -119,10 +119,6 @@ class LinearMixer(Mixer):
     @classmethod
     def rotated_head(cls, cfg: ModelConfig) -> int:
         return cls.projected_size(cfg)
-
-    @classmethod
-    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
-        return "pallas" if recurrent_backend(cfg) == "pallas" else "xla"
 
 
 class PerformerMixer(LinearMixer):

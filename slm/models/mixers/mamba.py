@@ -15,7 +15,7 @@ from slm.errors import ConfigError
 from slm.models.layers import dense
 from slm.models.mixers.base import (
     Context,
-    Mixer,
+    RecurrentMixer,
     Row,
     conv_cache,
     finish,
@@ -31,7 +31,7 @@ from slm.models.mixers.base import (
 from slm.models.mixers.delta import log_of_uniform, step_bias
 
 
-class Mamba2Mixer(Mixer):
+class Mamba2Mixer(RecurrentMixer):
     """S_t = exp(A dt_t) S_{t-1} + dt_t B_t x_t^T, y_t = C_t^T S_t + skip x_t (Dao & Gu 2024, 2405.21060, section 7).
 
     A = -exp(decay) and dt = softplus(step + bias), one a head; B and C are the keys and queries of `groups` heads that
@@ -92,14 +92,6 @@ class Mamba2Mixer(Mixer):
         """Of the definition: one write and one read of the state (a chunked form computes more)."""
         H, _, K, V = sizes(cfg)
         return 4 * H * K * V
-
-    @classmethod
-    def rotated_head(cls, cfg: ModelConfig) -> int:
-        return key_size(cfg)
-
-    @classmethod
-    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
-        return "pallas" if recurrent_backend(cfg) == "pallas" else "xla"
 
 
 class LogLinearMamba2Mixer(Mamba2Mixer):

@@ -19,7 +19,7 @@ from slm.models.layers import dense, residual_std
 from slm.models.mixers.base import (
     GATES,
     Context,
-    Mixer,
+    RecurrentMixer,
     Row,
     key_size,
     live,
@@ -29,7 +29,7 @@ from slm.models.mixers.base import (
 )
 
 
-class RWKVMixer(Mixer):
+class RWKVMixer(RecurrentMixer):
     """What RWKV-6 and RWKV-7 share: states, and the norm and projection of the heads' outputs."""
 
     def extend(self, engine, q, *arrays, context: Context, cache):
@@ -66,10 +66,6 @@ class RWKVMixer(Mixer):
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         state = jnp.zeros((batch, cfg.heads, key_size(cfg), value_size(cfg)), jnp.float32)
         return {"state": state, "shift": jnp.zeros((batch, cfg.width), dtype)}
-
-    @classmethod
-    def backend(cls, cfg: ModelConfig, length: int, dtype: Any, platform: str, segments: bool) -> str:
-        return "pallas" if recurrent_backend(cfg) == "pallas" else "xla"
 
 
 class RWKV7Mixer(RWKVMixer):
