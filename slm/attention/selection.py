@@ -148,11 +148,31 @@ def selected_attention(q, k, v, chosen_BxTxCxn, places: Places, scale: float) ->
     """
     B, T, H, K = q.shape
     C, G = chosen_BxTxCxn.shape[2], k.shape[2]
+    if places.cached and T == 1:
+        return _one_token(q, k, v, chosen_BxTxCxn, places, scale)
     q = jnp.moveaxis(q.reshape(B, T, G, C // G, H // C, K), 1, 3)
     chosen = jnp.moveaxis(chosen_BxTxCxn, 1, 2).reshape(B, G, C // G, T, -1)
     aligned = not (places.documents or places.cached)
     out = _attention(q, k, v, chosen, tuple(places[:4]), (places.block, aligned, scale))
     return jnp.moveaxis(out, 3, 1).reshape(B, T, H, -1)
+
+
+def _one_token(q, k, v, chosen_Bx1xCxn, places: Places, scale: float) -> jax.Array:
+    """A decode step, which copies the chosen keys out of the cache and touches no others."""
+    (B, _, H, K), (S, G), C = q.shape, k.shape[1:3], chosen_Bx1xCxn.shape[2]
+    own = jnp.broadcast_to(places.own_BxT[..., None], (B, C, 1))
+    starts = jnp.concatenate([chosen_Bx1xCxn[:, 0] * places.block, own], -1)
+    at_BxCxP = (starts[..., None] + jnp.arange(places.block)).reshape(B, C, -1)
+    # A block that was not chosen begins at or behind the query's own.
+    keep = at_BxCxP <= places.at_BxT[..., None]
+    keep &= jnp.repeat(
+        jnp.pad(starts[..., :-1] < own, ((0, 0), (0, 0), (0, 1)), constant_values=True), places.block, -1
+    )
+    row, head = jnp.arange(B)[:, None, None], (jnp.arange(C) // (C // G))[:, None]
+    keys, values = (x[row, jnp.clip(at_BxCxP, 0, S - 1), head] for x in (k, v))
+    logits = _product("BCRK,BCPK->BCRP", q.reshape(B, C, H // C, K), keys) * scale
+    weights = jax.nn.softmax(jnp.where(keep[:, :, None], logits, -1e30), -1) * keep.any(-1)[..., None, None]
+    return _product("BCRP,BCPV->BCRV", weights.astype(v.dtype), values).reshape(B, 1, H, -1).astype(q.dtype)
 
 
 class _Tiles(NamedTuple):
