@@ -24,7 +24,7 @@ import slm
 from slm.models.counts import cache_bytes, parameter_counts
 
 CONFIG = Path(__file__).parents[1] / "configs" / "mqar_reduced.py"
-LENGTH, STEPS = 128, 1000
+LENGTH, STEPS = 128, 2000
 SIZES = {
     "window": [{"mixer.window": W} for W in (8, 16, 32)],
     "mamba2": [{"mixer.expand_k": k, "mixer.expand_v": 1.0} for k in (0.5, 1.0, 2.0)],

@@ -6,8 +6,8 @@ Command:   python train.py configs/mqar_reduced.py --model.attention base_conv d
            --optim.learning_rate counts
 Hardware:  2 CPU cores
 Time:      2 to 3 minutes, three times that on a busy machine
-Expected:  after --train.steps 700, accuracy by tests (in validation_by_source) of delta: 0.88, 0.71, 0.46 and 0.22
-           (seed 0)
+Expected:  accuracy by tests (in validation_by_source) of delta: 1.00, 1.00, 1.00 and 0.94 (seed 0); slower starters
+           such as mamba2 need --train.steps 2000
 """
 
 import slm
@@ -40,8 +40,8 @@ config = slm.Experiment(
         validation_length=128,
     ),
     optim=slm.OptimConfig(
-        learning_rate=2e-2, schedule="cosine", warmup_steps=100, final_ratio=0.0, b2=0.999, weight_decay=0.1
+        learning_rate=1e-2, schedule="cosine", warmup_steps=100, final_ratio=0.0, b2=0.95, weight_decay=0.1
     ),
-    train=slm.TrainConfig(steps=1600, batch_size=64, evaluate_every=400, evaluate_sequences=0, log_every=50),
-    checkpoint=slm.CheckpointConfig(every=800),
+    train=slm.TrainConfig(steps=1000, batch_size=64, evaluate_every=500, evaluate_sequences=0, log_every=50),
+    checkpoint=slm.CheckpointConfig(every=500),
 )
