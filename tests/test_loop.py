@@ -273,6 +273,11 @@ def test_profile_writes_a_trace(tmp_path):
         ({"model.vocab_size": 100}, ConfigError, "vocab"),
         ({"train.batch_size": 4000}, DataError, "fewer than one batch"),
         ({"model.attention": ("softmaxx",)}, ConfigError, "did you mean softmax"),
+        (
+            {"model.attention": ("dsa",), "train.precision": "float16"},
+            ConfigError,
+            "dsa layers have a loss of their own",
+        ),
         ({"train.batch_size": 6, "train.accumulation": 4}, ConfigError, "train.accumulation"),
     ],
 )

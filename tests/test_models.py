@@ -133,6 +133,10 @@ def test_default_positions_of_segments_do_not_matter_but_given_ones_do():
     a = forward(BASE, params, x, segment_ids=segments)
     b = forward(BASE, params, x, segment_ids=segments, positions=restarted)
     np.testing.assert_allclose(a, b, atol=1e-5)
+    learned = dataclasses.replace(BASE, position="learned", max_length=20)
+    params_learned = Transformer(learned).init(jax.random.key(0))
+    a, b = (forward(learned, params_learned, x, segment_ids=segments, **at) for at in ({}, {"positions": restarted}))
+    np.testing.assert_array_equal(a, b)
     assert float(jnp.abs(forward(BASE, params, x, positions=restarted) - forward(BASE, params, x)).max()) > 1e-3
 
 

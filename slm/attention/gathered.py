@@ -16,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from slm.attention.block_table import EMPTY, BlockTable, Work, block_table
 from slm.attention.patterns import Pattern
 
-PORTION = {"cpu": 2**17}
-"""Logits that are computed at once, about, by platform: on a CPU they should stay in a core's cache."""
+PORTION, CPU_PORTION = 2**26, 2**17
+"""Logits that are computed at once, about: 256 MB, so that few steps of a scan keep an accelerator busy (not measured
+there); on a CPU they should stay in a core's cache."""
 
 
 class Shape(NamedTuple):
@@ -45,7 +46,7 @@ class Shape(NamedTuple):
 
     def works(self, k_BxGxNxsxK, R: int) -> list[Work]:
         B, G = k_BxGxNxsxK.shape[:2]
-        portion = PORTION.get(jax.default_backend(), 2**26)
+        portion = CPU_PORTION if jax.default_backend() == "cpu" else PORTION
         return self.table.work(max(1, portion // (B * G * R * self.block**2)))
 
 

@@ -92,7 +92,8 @@ def choose_form(S: int, top_k: int) -> str:
 
 def index_scores(index_q_BxTxIxK, index_k_BxSxK, index_w_BxTxI):
     """I_ts = sum_i w_ti relu(q_ti . k_s), (B, T, S) float32 (eq. 1). Any scale belongs into w."""
-    return _weigh(_product("BTIK,BSK->BTIS", index_q_BxTxIxK, index_k_BxSxK), index_w_BxTxI)
+    # At full precision, since a choice may hang on the last bit.
+    return _weigh(_product("BTIK,BSK->BTIS", index_q_BxTxIxK, index_k_BxSxK, "highest"), index_w_BxTxI)
 
 
 def choose_tokens(index_q, index_k, index_w, *, top_k, segment_ids=None, query_positions=None):
@@ -152,6 +153,5 @@ def _mask(tokens_BxTxn, S: int):
     return jax.vmap(jax.vmap(row))(tokens_BxTxn)
 
 
-def _product(equation: str, a, b):
-    # At full precision, since a choice may hang on the last bit.
-    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=jnp.float32)
+def _product(equation: str, a, b, precision=None):
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=jnp.float32)

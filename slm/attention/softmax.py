@@ -1,7 +1,5 @@
 """Exact softmax attention (Vaswani et al. 2017): grouped heads, window, sinks, soft cap, forget gates, documents."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -138,23 +136,22 @@ def cached_attention(
     if T <= BLOCK:
         return attend(q, query_positions, query_forget, *keys)
 
-    def near(block, x):
-        """Of keys x (B, S, ...) the old ones, the call's first that may be sinks, and those up to a window back."""
-        start = jnp.clip(block * BLOCK - window + 1, 0, T - length)
-        return jnp.concatenate([x[:, : old + sinks], jax.lax.dynamic_slice_in_dim(x, old + start, length, 1)], 1)
-
     length = T if window is None or old is None else BLOCK + window - 1
-    narrow = length + sinks < T
 
     def piece(now):
         block, *queries = now
-        if not narrow:
+        if length + sinks >= T:
             return attend(*queries, *keys)
-        k, v, key_positions, key_forget = jax.tree.map(functools.partial(near, block), keys)
-        # A sink within the window is there twice.
-        again = (jnp.arange(key_positions.shape[1]) >= old) & (jnp.arange(key_positions.shape[1]) < old + sinks)
-        again &= jnp.arange(key_positions.shape[1]) - old >= jnp.clip(block * BLOCK - window + 1, 0, T - length)
-        return attend(*queries, k, v, jnp.where(again, -1, key_positions), key_forget)
+        start = jnp.clip(block * BLOCK - window + 1, 0, T - length)
+
+        def near(x):
+            """The old keys, the call's first, which may be sinks, and those up to a window back."""
+            return jnp.concatenate([x[:, : old + sinks], jax.lax.dynamic_slice_in_dim(x, old + start, length, 1)], 1)
+
+        k, v, key_positions, key_forget = jax.tree.map(near, keys)
+        first = jnp.arange(key_positions.shape[1]) - old
+        twice = (first >= start) & (first < sinks)
+        return attend(*queries, k, v, jnp.where(twice, -1, key_positions), key_forget)
 
     def blocks(x):
         x = jnp.pad(x, ((0, 0), (0, -T % BLOCK)) + ((0, 0),) * (x.ndim - 2))

@@ -24,7 +24,7 @@ import numpy as np
 
 from slm.config import Experiment, check
 from slm.errors import CheckpointError, ConfigError, DataError, DivergenceError
-from slm.models.mixers import check_mechanisms, layer_pattern
+from slm.models.mixers import MIXERS, check_mechanisms, layer_pattern
 from slm.training import mesh as meshes
 from slm.training import precision
 from slm.training.checkpoint import Checkpoints
@@ -71,9 +71,10 @@ def train(cfg: Experiment) -> Run:
 
     cfg = check(cfg)
     check_mechanisms(cfg.model)
-    if cfg.train.precision == "float16" and "dsa" in layer_pattern(cfg.model):
+    apart = [name for name in layer_pattern(cfg.model) if MIXERS[name].mixer.own_loss]
+    if cfg.train.precision == "float16" and apart:
         raise ConfigError(
-            "train.precision = float16: the indexer of dsa layers has a loss of its own, which is not scaled with the "
+            f"train.precision = float16: {apart[0]} layers have a loss of their own, which is not scaled with the "
             "objective, so its gradients would vanish; use bfloat16 or float32"
         )
     make_schedule(cfg.optim, cfg.train.steps)

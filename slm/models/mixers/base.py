@@ -41,6 +41,8 @@ class Mixer(nn.Module):
     """With cfg.mixer filled in: None is left only where the mechanism does not have the switch."""
     dtype: Any
     """Compute dtype."""
+    own_loss = False
+    """Whether it attaches a loss of its own to the backward pass, which no loss scaling reaches."""
 
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:

@@ -216,6 +216,8 @@ class IndexedMixer(Mixer):
     Sequences of at most top_k tokens are attended to densely, which is the paper's warm-up stage.
     """
 
+    own_loss = True
+
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
         cfg, m = self.cfg, self.cfg.mixer
