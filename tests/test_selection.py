@@ -424,16 +424,3 @@ def test_the_largest_are_the_same_on_one_device_and_on_several():
         jax.tree.map(
             np.testing.assert_array_equal, tuple(selection.largest(x, n, devices=1)), selection.largest(x, n, devices=2)
         )
-
-
-def test_a_decode_step_touches_the_chosen_keys_only():
-    def temporaries(S):
-        shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
-        step = lambda q, k, v, means, at: moba_attention(  # noqa: E731
-            q, k, v, block_size=64, top_k=4, query_positions=at, block_means=means
-        )
-        arrays = shape(1, 1, 4, 16), shape(1, S, 2, 16), shape(1, S, 2, 16), shape(1, S // 64, 2, 16)
-        program = jax.jit(step).lower(*arrays, jax.ShapeDtypeStruct((1, 1), jnp.int32)).compile()
-        return program.memory_analysis().temp_size_in_bytes
-
-    assert temporaries(16384) < 1.5 * temporaries(1024)
