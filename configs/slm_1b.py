@@ -15,8 +15,8 @@ import slm
 config = slm.Experiment(
     name="slm_1b",
     model=slm.ModelConfig(
-        vocab_size=49152, layers=16, width=2048, heads=32, kv_heads=8, mlp_width=8192, rope_theta=500_000.0,
-        remat="full",
+        vocab_size=49152, layers=16, width=2048, heads=32, kv_heads=8, mlp_width=8192,
+        rope=slm.RopeConfig(theta=500_000.0), remat="full",
     ),
     data=slm.DataConfig(source=("tfds:wikipedia/20230601.en/train",), tokenizer="bpe:49152", sequence_length=2048),
     optim=slm.OptimConfig(name="muon", learning_rate=1e-3, schedule="wsd", warmup_steps=1000, final_ratio=0.0),

@@ -15,7 +15,13 @@ import slm
 config = slm.Experiment(
     name="slm_360m",
     model=slm.ModelConfig(
-        vocab_size=49152, layers=32, width=960, heads=15, kv_heads=5, mlp_width=2560, rope_theta=100_000.0
+        vocab_size=49152,
+        layers=32,
+        width=960,
+        heads=15,
+        kv_heads=5,
+        mlp_width=2560,
+        rope=slm.RopeConfig(theta=100_000.0),
     ),
     data=slm.DataConfig(source=("tfds:wikipedia/20230601.en/train",), tokenizer="bpe:49152", sequence_length=2048),
     optim=slm.OptimConfig(name="muon", learning_rate=1.5e-3, schedule="wsd", warmup_steps=500, final_ratio=0.0),

@@ -15,6 +15,7 @@ _HOME = {
     "Experiment": "slm.config",
     "ModelConfig": "slm.config",
     "MixerConfig": "slm.config",
+    "RopeConfig": "slm.config",
     "DataConfig": "slm.config",
     "OptimConfig": "slm.config",
     "TrainConfig": "slm.config",

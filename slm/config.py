@@ -20,6 +20,7 @@ from slm.experiment import (
     MixerConfig,
     ModelConfig,
     OptimConfig,
+    RopeConfig,
     TrainConfig,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "MixerConfig",
     "ModelConfig",
     "OptimConfig",
+    "RopeConfig",
     "TrainConfig",
     "check",
     "coerce",
@@ -266,7 +268,9 @@ _RANGES = {
     "seed": (0, 2**32 - 1), "model.vocab_size": (0, _INF), "model.layers": (1, _INF), "model.width": (1, _INF),
     "model.heads": (1, _INF), "model.kv_heads": (1, _INF), "model.head_dim": (1, _INF),
     "model.mixer.window": (1, _INF), "model.mixer.rope_fraction": (0, 1), "model.mixer.sinks": (0, _INF),
-    "model.mixer.softcap": (0, _INF), "model.mixer.gate_rank": (-1, _INF), "model.mixer.conv": (0, 64),
+    "model.mixer.softcap": (0, _INF), "model.mixer.scale": (0, _INF),
+    "model.rope.original_length": (0, _INF), "model.rope.query_growth": (0, _INF),
+    "model.mixer.gate_rank": (-1, _INF), "model.mixer.conv": (0, 64),
     "model.mixer.groups": (0, _INF), "model.mixer.feature_dim": (1, _INF), "model.mixer.feature_seed": (0, 2**32 - 1),
     "model.mixer.householders": (1, _INF), "model.mixer.rank": (0, _INF), "model.mixer.block_size": (1, _INF),
     "model.mixer.top_k": (1, _INF), "model.mixer.index_heads": (1, _INF), "model.mixer.index_dim": (1, _INF),
@@ -281,6 +285,7 @@ _RANGES = {
     "train.log_every": (1, _INF), "checkpoint.every": (0, _INF), "checkpoint.keep": (1, _INF),
 }  # fmt: skip
 _POSITIVE = (
-    "model.mixer.expand_k", "model.mixer.expand_v", "model.logit_softcap", "model.rope_theta", "model.rope_factor",
+    "model.mixer.expand_k", "model.mixer.expand_v", "model.logit_softcap", "model.rope.theta", "model.rope.local_theta",
+    "model.rope.factor", "model.rope.magnitude", "model.residual_scale", "model.embedding_scale", "model.logit_divisor",
     "model.norm_eps", "model.init_std", "optim.eps", "train.max_loss",
 )  # fmt: skip

@@ -25,6 +25,8 @@ class MixerConfig:
     """First tokens that stay visible beyond the window (StreamingLLM)."""
     sink_logits: bool | None = None
     """A learned logit per head that joins the softmax's denominator (gpt-oss)."""
+    scale: float | None = None
+    """Multiplier of q k^T; 0: one over the root of the head's size."""
     softcap: float | None = None
     """Squash attention logits to (-c, c) by c*tanh(x/c) (Gemma 2); 0: off."""
     gate: Literal["none", "sigmoid", "silu", "gelu"] | None = None
@@ -91,6 +93,38 @@ class MixerConfig:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021) and how they are stretched beyond the trained length."""
+
+    theta: float = 10_000.0
+    """Base wavelength."""
+    local_theta: float | None = None
+    """Base wavelength of layers with a window, which are not stretched (Gemma 3, ModernBERT); None: like the others."""
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    """Stretching of positions: a name in slm.models.rope.SCALINGS."""
+    factor: float = 1.0
+    """Stretching factor."""
+    original_length: int = 0
+    """Tokens that the model was trained on before stretching (llama3, yarn, longrope, query_growth)."""
+    slow: float = 1.0
+    """Turns within original_length below which a dimension is stretched in full (llama3's low_freq_factor, yarn's
+    beta_slow)."""
+    fast: float = 4.0
+    """Turns within original_length above which a dimension is not stretched (llama3's high_freq_factor, yarn's
+    beta_fast)."""
+    whole: bool = True
+    """Whether yarn rounds the first and last dimension of its ramp outwards."""
+    magnitude: float = 1.0
+    """Multiplier of cosines and sines (yarn, longrope: attention_factor)."""
+    short_factors: tuple[float, ...] = ()
+    """Divisors of the frequencies up to original_length (longrope), one for each pair that rotates."""
+    long_factors: tuple[float, ...] = ()
+    """Divisors of the frequencies of sequences beyond it."""
+    query_growth: float = 0.0
+    """Queries grow by 1 + query_growth ln(1 + floor(position / original_length)) (Llama 4, Ministral 3)."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer."""
 
@@ -112,24 +146,36 @@ class ModelConfig:
     mixer: MixerConfig = field(default_factory=MixerConfig)
     position: Literal["rope", "learned", "none"] = "rope"
     """How positions enter: rotary (Su et al. 2021), a learned table (GPT-2), or not at all."""
-    rope_theta: float = 10_000.0
-    """Base wavelength of the rotary embedding."""
-    rope_scaling: Literal["none", "linear"] = "none"
-    """Stretching of rotary positions beyond the trained length: a name in slm.models.rope.SCALINGS."""
-    rope_factor: float = 1.0
-    """Stretching factor for rope_scaling."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
     max_length: int | None = None
     """Longest position of a learned table; None: the longest sequence of training or validation."""
-    mlp: Literal["swiglu", "geglu", "gelu", "relu2", "none"] = "swiglu"
-    """Feed-forward kind: gated (SwiGLU, GeGLU; Shazeer 2020), plain (GELU, squared ReLU), or no feed-forward."""
+    mlp: Literal["swiglu", "geglu", "geglu_erf", "gelu", "gelu_erf", "relu", "relu2", "none"] = "swiglu"
+    """Feed-forward kind: gated (SwiGLU, GeGLU; Shazeer 2020), plain (GELU, ReLU, squared ReLU), or no feed-forward.
+    GELU by tanh, as GPT-2 and Gemma have it, or exact (erf)."""
     mlp_width: int | None = None
     """Hidden size of the feed-forward (F); None: 8/3 width if gated, else 4 width, rounded up to a multiple of 32."""
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation before attention, before the feed-forward and after the last block."""
+    layer_heads: tuple[int, ...] = ()
+    """Query heads of each layer, where they differ; empty: `heads` in all."""
+    layer_kv_heads: tuple[int, ...] = ()
+    """Key/value heads of each layer, where they differ; empty: `kv_heads` in all."""
+    layer_mlp_widths: tuple[int, ...] = ()
+    """Hidden size of each layer's feed-forward, where they differ; empty: `mlp_width` in all."""
+    norm: Literal["rmsnorm", "zero_centered_rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation of layers and after the last block; zero-centred: times 1 + scale (Gemma)."""
+    residual: Literal["pre", "sandwich", "parallel", "parallel_shared"] = "pre"
+    """pre: x + f(norm x), attention, then feed-forward; sandwich: x + norm(f(norm x)) (Gemma 2); parallel: both read
+    the same x through norms of their own (GPT-NeoX), or through one (Phi-2)."""
+    residual_scale: float = 1.0
+    """Multiplier of what each layer adds to the residual stream (Granite)."""
+    embedding_scale: float = 1.0
+    """Multiplier of embeddings (Gemma: root of width; Granite)."""
+    logit_divisor: float = 1.0
+    """Divides the output logits (Granite)."""
     norm_eps: float = 1e-6
     """Added to the variance inside a norm."""
-    bias: bool = False
-    """Biases in projections and LayerNorm, as in GPT-2."""
+    bias: tuple[Literal["qkv", "out", "mlp", "norm", "head"], ...] = ()
+    """What has biases: projections into a mixer, out of it, the feed-forward's, LayerNorm, the output projection.
+    GPT-2: `qkv out mlp norm`; Qwen 2: `qkv`."""
     tied: bool = True
     """Share the embedding matrix with the output projection."""
     logit_softcap: float | None = None

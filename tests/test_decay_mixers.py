@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.config import MixerConfig, ModelConfig
+from slm.config import MixerConfig, ModelConfig, RopeConfig
 from slm.errors import ConfigError
 from slm.models.counts import cache_bytes, flops_per_token
 from slm.models.mixers import MIXERS, Context, configured, mixer
@@ -36,7 +36,7 @@ def model_of(case):
 
 
 def context_of(positions, segment_ids):
-    rope = {size: rope_tables(positions, size, 100.0) for size in (4, 8)}
+    rope = {size: rope_tables(positions, size, RopeConfig(theta=100.0)) for size in (4, 8)}
     return Context(positions, segment_ids, rope, LAYER)
 
 

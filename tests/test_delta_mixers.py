@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.config import MixerConfig, ModelConfig
+from slm.config import MixerConfig, ModelConfig, RopeConfig
 from slm.errors import ConfigError
 from slm.models.counts import parameter_counts
 from slm.models.mixers import MIXERS, Context, configured, layer_pattern, mixer
@@ -42,7 +42,9 @@ def inputs():
     """(x, context of two documents)."""
     at = np.broadcast_to(np.arange(T), (B, T))
     positions = jnp.asarray(np.where(at < CUT, at, at - CUT))
-    context = Context(positions, jnp.asarray(np.where(at < CUT, 1, 2)), {4: rope_tables(positions, 4, 100.0)})
+    context = Context(
+        positions, jnp.asarray(np.where(at < CUT, 1, 2)), {4: rope_tables(positions, 4, RopeConfig(theta=100.0))}
+    )
     return jax.random.normal(jax.random.key(0), (B, T, MODEL.width)), context
 
 
@@ -141,7 +143,7 @@ def test_decoding_is_the_float64_form_with_all_switches():
 
     @jax.jit
     def extend(x, positions, cache):
-        rope = {4: rope_tables(positions, 4, 100.0)}
+        rope = {4: rope_tables(positions, 4, RopeConfig(theta=100.0))}
         return module.apply(
             {"params": params}, x, context.replace(positions=positions, segment_ids=None, rope=rope), cache
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slm.attention import state_bytes
-from slm.config import MixerConfig, ModelConfig
+from slm.config import MixerConfig, ModelConfig, RopeConfig
 from slm.models.mixers import MIXERS, Context, configured
 from slm.models.rope import rope_tables
 
@@ -29,7 +29,7 @@ def made(name, **switches):
 
 def context(mixer, start, stop):
     size, positions = mixer.rotary_size(mixer.cfg), jnp.broadcast_to(jnp.arange(start, stop), (B, stop - start))
-    return Context(positions, None, {size: rope_tables(positions, size, 100.0)} if size else {})
+    return Context(positions, None, {size: rope_tables(positions, size, RopeConfig(theta=100.0))} if size else {})
 
 
 def turned(x):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.config import MixerConfig, ModelConfig
+from slm.config import MixerConfig, ModelConfig, RopeConfig
 from slm.errors import ConfigError
 from slm.models.counts import abstract_parameters, cache_bytes, flops_per_token, parameter_counts
 from slm.models.rope import apply_rope, rope_tables
@@ -24,7 +24,7 @@ VARIANTS = {
         position="learned",
         max_length=24,
         norm="layernorm",
-        bias=True,
+        bias=("qkv", "out", "mlp", "norm"),
         mlp="gelu",
         tied=False,
         mixer=MixerConfig(qk_norm="none"),
@@ -46,7 +46,7 @@ def closed_form(m: ModelConfig) -> int:
     """Parameters by the textbook formula, independent of the module code."""
     K, G = m.head_dim or m.width // m.heads, m.kv_heads or m.heads
     F = m.mlp_width or -(-(8 * m.width // 3 if "glu" in m.mlp else 4 * m.width) // 32) * 32
-    b, norms = int(m.bias), 1 + int(m.bias and m.norm == "layernorm")
+    b, norms = int(bool(m.bias)), 1 + int(bool(m.bias) and m.norm == "layernorm")
     attention = 2 * m.width * m.heads * K + 2 * m.width * G * K + b * (m.heads * K + 2 * G * K + m.width)
     attention += 2 * K if m.mixer.qk_norm != "none" else 0
     mlp = (3 if "glu" in m.mlp else 2) * m.width * F + b * ((2 if "glu" in m.mlp else 1) * F + m.width)
@@ -114,14 +114,17 @@ def test_decode_ignores_padding():
 def test_rope_is_a_rotation_by_relative_position():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 2, 1, 8))
 
+    def turning(position, **scaling):
+        return rope_tables(jnp.array([[position, position]]), 8, RopeConfig(theta=100.0, **scaling))
+
     def dot(i, j):
-        turned = [apply_rope(x, rope_tables(jnp.array([[p, p]]), 8, 100.0)) for x, p in ((q, i), (k, j))]
+        turned = [apply_rope(x, turning(p)) for x, p in ((q, i), (k, j))]
         return (turned[0] * turned[1]).sum(-1)
 
     np.testing.assert_allclose(dot(3, 1), dot(13, 11), rtol=1e-4)
     assert float(jnp.abs(dot(3, 1) - dot(3, 2)).max()) > 1e-3
-    stretched = apply_rope(q, rope_tables(jnp.array([[8, 8]]), 8, 100.0, "linear", 4.0))
-    np.testing.assert_allclose(stretched, apply_rope(q, rope_tables(jnp.array([[2, 2]]), 8, 100.0)), rtol=1e-5)
+    stretched = apply_rope(q, turning(8, scaling="linear", factor=4.0))
+    np.testing.assert_allclose(stretched, apply_rope(q, turning(2)), rtol=1e-5)
 
 
 def test_default_positions_of_segments_do_not_matter_but_given_ones_do():

@@ -13,6 +13,8 @@ from slm.training import rules
 
 BUILT_IN = {"decay": rules.DECAY, "muon": rules.MUON, "sharding": rules.SHARDING}
 
+BIASES = ("qkv", "out", "mlp", "norm", "head")
+
 
 def abstract(**fields):
     cfg = ModelConfig(**{"vocab_size": 11, "layers": 3, "width": 8, "heads": 2, "mlp_width": 16, **fields})
@@ -26,7 +28,7 @@ def by_path(rule_set, params):
 def test_every_parameter_of_every_kind_of_model_has_exactly_one_rule_in_each_set():
     for bias, tied, qk_norm, position in itertools.product([0, 1], [0, 1], [0, 1], ["rope", "learned"]):
         params = abstract(
-            bias=bool(bias), tied=bool(tied), position=position, max_length=4,
+            bias=BIASES if bias else (), tied=bool(tied), position=position, max_length=4,
             mixer=MixerConfig(qk_norm="rms" if qk_norm else "none"),
             norm="layernorm" if bias else "rmsnorm", mlp="gelu" if bias else "swiglu", attention=("softmax", "window"),
         )  # fmt: skip
@@ -35,7 +37,7 @@ def test_every_parameter_of_every_kind_of_model_has_exactly_one_rule_in_each_set
 
 
 def test_names_decide_who_is_decayed_who_gets_muon_and_how_it_is_split():
-    params = abstract(bias=True, tied=False, position="learned", max_length=4, norm="layernorm")
+    params = abstract(bias=BIASES, tied=False, position="learned", max_length=4, norm="layernorm")
     decay, muon, sharding = (by_path(rule_set, params) for rule_set in BUILT_IN.values())
     assert {p for p, yes in decay.items() if yes} == {p for p in decay if p.endswith("/kernel")}
     assert {p for p, name in muon.items() if name == "muon"} == {

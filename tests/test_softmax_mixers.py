@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slm.config import MixerConfig, ModelConfig
+from slm.config import MixerConfig, ModelConfig, RopeConfig
 from slm.errors import ConfigError
 from slm.models.mixers import MIXERS, Context, check_mechanisms, configured
 from slm.models.mixers.softmax import mean_keys, store
@@ -32,7 +32,7 @@ def made(name, **switches):
     cfg = configured(row, dataclasses.replace(MODEL, attention=(name,), mixer=MixerConfig(**switches)))
     size = row.mixer.rotary_size(cfg)
     positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    context = Context(positions, None, {size: rope_tables(positions, size, 10_000.0)} if size else {})
+    context = Context(positions, None, {size: rope_tables(positions, size, RopeConfig(theta=10_000.0))} if size else {})
     mixer, x = row.mixer(cfg, jnp.float32), jax.random.normal(jax.random.key(0), (B, T, D))
     shapes = jax.eval_shape(lambda: mixer.init(jax.random.key(0), x, context))["params"]
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""One layer: pre-norm token mixing, then pre-norm feed-forward, each added to the residual stream."""
+"""One layer: token mixing and feed-forward, each normed and added to the residual stream."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from slm.models.mixers import Context, mixer
 
 
 class Block(nn.Module):
-    """x + mixer(norm x), then x + mlp(norm x) unless cfg.mlp is none.
+    """A mixer and, unless cfg.mlp is none, a feed-forward, joined as cfg.residual says.
 
     Called as block(x_BxTxD, context, cache) -> (x_BxTxD, cache).
     """
@@ -21,9 +21,24 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, context: Context, cache=None):
-        normed = norm("attention_norm", self.cfg, self.dtype)(x)
-        mixed, cache = mixer(self.mechanism, self.cfg, self.dtype)(normed, context, cache)
-        x = x + mixed
-        if self.cfg.mlp == "none":
-            return x, cache
-        return x + MLP(self.cfg, self.dtype, name="mlp")(norm("mlp_norm", self.cfg, self.dtype)(x)), cache
+        cfg = self.cfg
+        normed = self._norm("attention_norm", x)
+        mixed, cache = mixer(self.mechanism, cfg, self.dtype)(normed, context, cache)
+        if cfg.residual == "sandwich":
+            mixed = self._norm("attention_post_norm", mixed)
+        mixed = x + self._scaled(mixed)
+        if cfg.mlp == "none":
+            return mixed, cache
+        mlp = MLP(cfg, self.dtype, name="mlp")
+        if cfg.residual == "parallel_shared":
+            return mixed + self._scaled(mlp(normed)), cache
+        hidden = mlp(self._norm("mlp_norm", x if cfg.residual == "parallel" else mixed))
+        if cfg.residual == "sandwich":
+            hidden = self._norm("mlp_post_norm", hidden)
+        return mixed + self._scaled(hidden), cache
+
+    def _norm(self, name, x):
+        return norm(name, self.cfg, self.dtype)(x)
+
+    def _scaled(self, x):
+        return x if self.cfg.residual_scale == 1 else x * self.cfg.residual_scale

@@ -12,7 +12,6 @@ from slm.attention import state_bytes
 from slm.config import ModelConfig
 from slm.errors import ConfigError
 from slm.models.layers import mlp_width
-from slm.models.mixers import MIXERS, configured
 from slm.models.transformer import Transformer
 
 
@@ -47,9 +46,9 @@ def flops_per_token(cfg: ModelConfig, length: int) -> dict[str, float]:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params.get(group, {})):
             matrices += leaf.size if path[-1].key == "kernel" else 0
     mixing = sum(
-        repeats * MIXERS[name].mixer.flops_per_token(configured(MIXERS[name], cfg), length)
+        repeats * layer.mixer.flops_per_token(layer.configured, length)
         for pattern, repeats in Transformer(cfg).groups.values()
-        for name in pattern
+        for layer in pattern
     )
     forward = 2 * matrices + 2 * cfg.width * cfg.vocab_size + mixing
     return {"forward": forward, "train": 3 * forward}

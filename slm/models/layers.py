@@ -1,5 +1,6 @@
 """The small linen modules that blocks are made of."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,11 +10,16 @@ import jax.numpy as jnp
 from slm.config import ModelConfig
 
 
-def dense(features: int, name: str, cfg: ModelConfig, dtype: Any, std: float | None = None) -> nn.Dense:
-    """A projection x (..., in) -> (..., features) with kernel (in, features), normal(std or cfg.init_std)."""
+def dense(
+    features: int, name: str, cfg: ModelConfig, dtype: Any, std: float | None = None, part: str = "qkv"
+) -> nn.Dense:
+    """A projection x (..., in) -> (..., features) with kernel (in, features), normal(std or cfg.init_std).
+
+    It has a bias if `part` is in cfg.bias.
+    """
     init = nn.initializers.normal(cfg.init_std if std is None else std)
     product = materialised_dot_general if jax.default_backend() == "cpu" else jax.lax.dot_general
-    return nn.Dense(features, use_bias=cfg.bias, dtype=dtype, kernel_init=init, dot_general=product, name=name)
+    return nn.Dense(features, use_bias=part in cfg.bias, dtype=dtype, kernel_init=init, dot_general=product, name=name)
 
 
 def materialised_dot_general(x, kernel, dimension_numbers, precision=None):
@@ -61,9 +67,30 @@ lookup.defvjp(lambda table, indices: (table[indices], (table, indices)), _lookup
 
 def norm(name: str, cfg: ModelConfig, dtype: Any) -> nn.Module:
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016); statistics in float32."""
-    if cfg.norm == "rmsnorm":
-        return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name=name)
-    return nn.LayerNorm(epsilon=cfg.norm_eps, use_bias=cfg.bias, dtype=dtype, name=name)
+    if cfg.norm == "layernorm":
+        return nn.LayerNorm(epsilon=cfg.norm_eps, use_bias="norm" in cfg.bias, dtype=dtype, name=name)
+    return rms_norm(name, cfg, dtype)
+
+
+def rms_norm(name: str, cfg: ModelConfig, dtype: Any) -> nn.Module:
+    """RMSNorm whose scale is learned from 1, or as an offset from 1 if cfg.norm is zero-centred."""
+    if cfg.norm == "zero_centered_rmsnorm":
+        return ZeroCenteredRMSNorm(cfg.norm_eps, dtype, name=name)
+    return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name=name)
+
+
+class ZeroCenteredRMSNorm(nn.Module):
+    """x / rms(x) * (1 + scale), all in float32, as Gemma has it."""
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        x = x.astype(jnp.float32)
+        normed = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (normed * (1 + scale)).astype(self.dtype)
 
 
 def residual_std(cfg: ModelConfig) -> float:
@@ -71,13 +98,17 @@ def residual_std(cfg: ModelConfig) -> float:
     return cfg.init_std / (2 * cfg.layers) ** 0.5
 
 
+_exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
 ACTIVATIONS = {
     "swiglu": jax.nn.silu,
     "geglu": jax.nn.gelu,
+    "geglu_erf": _exact_gelu,
     "gelu": jax.nn.gelu,
+    "gelu_erf": _exact_gelu,
+    "relu": jax.nn.relu,
     "relu2": lambda x: jax.nn.relu(x) ** 2,
 }
-GATED = ("swiglu", "geglu")
+GATED = ("swiglu", "geglu", "geglu_erf")
 
 
 def mlp_width(cfg: ModelConfig) -> int:
@@ -98,9 +129,9 @@ class MLP(nn.Module):
     def __call__(self, x_BxTxD):
         cfg, F = self.cfg, mlp_width(self.cfg)
         activation = ACTIVATIONS[cfg.mlp]
-        up = dense(F, "up", cfg, self.dtype)(x_BxTxD)
+        up = dense(F, "up", cfg, self.dtype, part="mlp")(x_BxTxD)
         if cfg.mlp in GATED:
-            hidden = activation(dense(F, "gate", cfg, self.dtype)(x_BxTxD)) * up
+            hidden = activation(dense(F, "gate", cfg, self.dtype, part="mlp")(x_BxTxD)) * up
         else:
             hidden = activation(up)
-        return dense(cfg.width, "down", cfg, self.dtype, residual_std(cfg))(hidden)
+        return dense(cfg.width, "down", cfg, self.dtype, residual_std(cfg), "mlp")(hidden)

@@ -20,7 +20,7 @@ from slm.config import ModelConfig
 from slm.errors import ConfigError
 from slm.models.blocks import Block
 from slm.models.layers import lookup, norm
-from slm.models.mixers import MIXERS, Context, check_mechanisms, configured, layer_pattern
+from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
 from slm.models.rope import rope_tables
 
 _policies = jax.checkpoint_policies
@@ -55,10 +55,15 @@ class Transformer:
             raise ConfigError("model.max_length must be set for model.position = learned")
 
     @property
-    def groups(self) -> dict[str, tuple[tuple[str, ...], int]]:
-        """Group name to (pattern of mixer names, repeats), in order of depth."""
-        pattern = layer_pattern(self.cfg)[: self.cfg.layers]
-        repeats, rest = divmod(self.cfg.layers, len(pattern))
+    def groups(self) -> dict[str, tuple[tuple[Layer, ...], int]]:
+        """Group name to (pattern of layers, repeats), in order of depth. Where layers differ in size, the pattern is
+        as long as the model is deep."""
+        every = layers(self.cfg)
+        period = min(len(layer_pattern(self.cfg)), len(every))
+        if any(layer != every[i % period] for i, layer in enumerate(every)):
+            period = len(every)
+        pattern = tuple(every[:period])
+        repeats, rest = divmod(len(every), period)
         groups = {"blocks": (pattern, repeats)}
         return groups | ({"tail": (pattern[:rest], 1)} if rest else {})
 
@@ -75,18 +80,20 @@ class Transformer:
             params["embed"]["position"] = normal(next(keys), (cfg.max_length, cfg.width))
         for group, (pattern, repeats) in self.groups.items():
             params[group] = {}
-            for i, mixer in enumerate(pattern):
-                block = Block(cfg, mixer, jnp.float32)
-                layers = depth + i + len(pattern) * jnp.arange(repeats)
+            for i, layer in enumerate(pattern):
+                block = Block(any_backend(layer.cfg), layer.mechanism, jnp.float32)
+                depths = depth + i + len(pattern) * jnp.arange(repeats)
 
-                def one(key, layer, block=block):
-                    return block.init(key, x_BxTxD, context.replace(layer=layer))["params"]
+                def one(key, depth, block=block):
+                    return block.init(key, x_BxTxD, context.replace(layer=depth))["params"]
 
-                params[group][str(i)] = jax.vmap(one)(jax.random.split(next(keys), repeats), layers)
+                params[group][str(i)] = jax.vmap(one)(jax.random.split(next(keys), repeats), depths)
             depth += len(pattern) * repeats
         params["final_norm"] = self._norm().init(key, x_BxTxD)["params"]
         if not cfg.tied:
             params["head"] = {"kernel": normal(next(keys), (cfg.width, cfg.vocab_size))}
+        if "head" in cfg.bias:
+            params["head"] = params.get("head", {}) | {"bias": jnp.zeros(cfg.vocab_size)}
         return params
 
     def hidden(self, params, tokens, *, segment_ids=None, positions=None, cache=None):
@@ -109,44 +116,58 @@ class Transformer:
                 positions -= document_starts(segment_ids)
         context = self._context(positions, segment_ids)
         x = lookup(params["embed"]["embedding"].astype(self.dtype), tokens)
+        if cfg.embedding_scale != 1:
+            x *= jnp.asarray(cfg.embedding_scale, self.dtype)
         if cfg.position == "learned":
             x += lookup(params["embed"]["position"].astype(self.dtype), positions)
         new_cache, depth = {}, 0
         for group, (pattern, repeats) in self.groups.items():
             group_cache = None if cache is None else cache[group]
-            layers = depth + len(pattern) * jnp.arange(repeats)
-            x, new_cache[group] = self._run(pattern, params[group], x, context, layers, group_cache)
+            depths = depth + len(pattern) * jnp.arange(repeats)
+            x, new_cache[group] = self._run(pattern, params[group], x, context, depths, group_cache)
             depth += len(pattern) * repeats
         x = self._norm().apply({"params": params["final_norm"]}, self.constrain(x))
         return x, None if cache is None else new_cache
 
-    def _run(self, pattern, params, x, context, layers, cache):
+    def _run(self, pattern, params, x, context, depths, cache):
         """Layers of one group, by scan or by a loop over slices of the same stacked trees."""
 
-        def period(x, layer):
-            layer_params, first, layer_cache = layer
+        def period(x, one):
+            period_params, first, period_cache = one
             new_cache = {}
-            for i, mixer in enumerate(pattern):
-                block = Block(self.cfg, mixer, self.dtype)
-                old = None if layer_cache is None else layer_cache[str(i)]
-                here = context.replace(layer=first + i)
-                x, new_cache[str(i)] = block.apply({"params": layer_params[str(i)]}, self.constrain(x), here, old)
-            return x, None if layer_cache is None else new_cache
+            for i, layer in enumerate(pattern):
+                block = Block(layer.cfg, layer.mechanism, self.dtype)
+                old = None if period_cache is None else period_cache[str(i)]
+                rope = context.local_rope if layer.local else context.rope
+                here = context.replace(layer=first + i, rope=rope, local_rope=None)
+                x, new_cache[str(i)] = block.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
+            return x, None if period_cache is None else new_cache
 
         if self.cfg.remat != "none" and cache is None:
             # CSE cannot undo the recomputation across iterations of a scan, so its guard is only needed unrolled.
             period = jax.checkpoint(period, policy=REMAT[self.cfg.remat], prevent_cse=not self.cfg.scan)
         if self.cfg.scan:
-            return jax.lax.scan(period, x, (params, layers, cache))
+            return jax.lax.scan(period, x, (params, depths, cache))
         news = []
-        for layer in _unstack((params, layers, cache)):
-            x, new = period(x, layer)
+        for one in _unstack((params, depths, cache)):
+            x, new = period(x, one)
             news.append(new)
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *news)
 
     def unembedding(self, params) -> jax.Array:
         """(D, V) matrix from hidden states to logits."""
         return params["embed"]["embedding"].T if self.cfg.tied else params["head"]["kernel"]
+
+    def readout(self, params, hidden) -> tuple[jax.Array, jax.Array]:
+        """(hidden (..., D'), matrix (D', V)) whose product is the logits before the soft cap, for losses that never
+        hold all of them. D' is D, or D + 1 with a bias."""
+        kernel = self.unembedding(params)
+        if self.cfg.logit_divisor != 1:
+            hidden = hidden / self.cfg.logit_divisor
+        if "head" in self.cfg.bias:
+            hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], -1)
+            kernel = jnp.concatenate([kernel, params["head"]["bias"].astype(kernel.dtype)[None]], 0)
+        return hidden, kernel
 
     def logits(self, params, hidden) -> jax.Array:
         """float32 (..., V) from hidden (..., D), soft-capped if the config says so."""
@@ -158,6 +179,10 @@ class Transformer:
             logits = jax.lax.optimization_barrier(product).T
         else:
             logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        if self.cfg.logit_divisor != 1:
+            logits /= self.cfg.logit_divisor
+        if "head" in self.cfg.bias:
+            logits += params["head"]["bias"].astype(jnp.float32)
         return softcap(logits, self.cfg.logit_softcap)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict:
@@ -165,8 +190,8 @@ class Transformer:
         cache = {}
         for group, (pattern, repeats) in self.groups.items():
             one = {
-                str(i): row.mixer.init_cache(configured(row, self.cfg), batch, length, dtype or self.dtype)
-                for i, row in enumerate(MIXERS[name] for name in pattern)
+                str(i): layer.mixer.init_cache(layer.configured, batch, length, dtype or self.dtype)
+                for i, layer in enumerate(pattern)
             }
             cache[group] = jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), one)
         return cache
@@ -175,15 +200,15 @@ class Transformer:
         return norm("final_norm", self.cfg, self.dtype)
 
     def _context(self, positions, segment_ids) -> Context:
-        cfg, sizes = self.cfg, set()
-        if cfg.position == "rope":
-            rows = [MIXERS[name] for name in layer_pattern(cfg)]
-            sizes = {row.mixer.rotary_size(configured(row, cfg)) for row in rows} - {0}
-        rope = {
-            size: rope_tables(positions, size, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor)
-            for size in sorted(sizes)
-        }
-        return Context(positions, segment_ids, rope)
+        cfg = self.cfg
+        if cfg.position != "rope":
+            return Context(positions, segment_ids, {})
+        rope, local = {}, {}
+        for layer in layers(cfg):
+            tables, size = local if layer.local else rope, layer.mixer.rotary_size(layer.configured)
+            if size and size not in tables:
+                tables[size] = rope_tables(positions, size, cfg.rope, layer.local)
+        return Context(positions, segment_ids, rope, local_rope=local)
 
 
 def any_backend(cfg: ModelConfig) -> ModelConfig:

@@ -131,8 +131,7 @@ def make_train_step(transformer: Transformer, optimizer: optax.GradientTransform
             view, batch["tokens"], segment_ids=batch["segment_ids"] if documents else None, positions=batch["positions"]
         )
         return cross_entropy(
-            hidden,
-            transformer.unembedding(view),
+            *transformer.readout(view, hidden),
             batch["targets"],
             batch["weights"],
             z_loss=train.z_loss,
@@ -214,8 +213,7 @@ def make_eval_step(transformer: Transformer, documents: bool, chunk: int):
             view, batch["tokens"], segment_ids=batch["segment_ids"] if documents else None, positions=batch["positions"]
         )
         nats, correct, _ = token_losses(
-            hidden,
-            transformer.unembedding(view),
+            *transformer.readout(view, hidden),
             batch["targets"],
             logit_softcap=transformer.cfg.logit_softcap,
             chunk=chunk,

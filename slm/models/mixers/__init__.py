@@ -5,7 +5,7 @@
 
 import dataclasses
 import difflib
-from typing import Any
+from typing import Any, NamedTuple
 
 from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
@@ -30,12 +30,14 @@ __all__ = [
     "HYBRIDS",
     "MIXERS",
     "Context",
+    "Layer",
     "Mixer",
     "Row",
     "check_mechanisms",
     "configured",
     "head_dim",
     "layer_pattern",
+    "layers",
 ]
 
 MIXERS: dict[str, Row] = {
@@ -81,6 +83,47 @@ BIDIRECTIONAL = ("linformer", "nystrom")
 def layer_pattern(cfg: ModelConfig) -> tuple[str, ...]:
     """`cfg.attention` with names of hybrids replaced by their patterns."""
     return sum((HYBRIDS.get(name, (name,)) for name in cfg.attention), ())
+
+
+class Layer(NamedTuple):
+    """What tells one layer from another."""
+
+    mechanism: str
+    cfg: ModelConfig
+    """With this layer's own sizes, before `configured`."""
+
+    @property
+    def configured(self) -> ModelConfig:
+        return configured(MIXERS[self.mechanism], self.cfg)
+
+    @property
+    def mixer(self) -> type[Mixer]:
+        return MIXERS[self.mechanism].mixer
+
+    @property
+    def local(self) -> bool:
+        """Whether rope.local_theta holds for it."""
+        return self.cfg.rope.local_theta is not None and bool(self.configured.mixer.window)
+
+
+def layers(cfg: ModelConfig) -> list[Layer]:
+    """All layers in order of depth. Raises ConfigError where sizes are not given for each of them."""
+    own = {"heads": cfg.layer_heads, "kv_heads": cfg.layer_kv_heads, "mlp_width": cfg.layer_mlp_widths}
+    for field, values in own.items():
+        if values and len(values) != cfg.layers:
+            raise ConfigError(
+                f"model.layer_{field.rstrip('s')}s has {len(values)} values: give model.layers = {cfg.layers}"
+            )
+    # A head keeps its size where their number changes.
+    whole = dataclasses.replace(cfg, head_dim=head_dim(cfg)) if cfg.layer_heads else cfg
+    pattern = layer_pattern(cfg)
+    return [
+        Layer(
+            pattern[i % len(pattern)],
+            dataclasses.replace(whole, **{field: values[i] for field, values in own.items() if values}),
+        )
+        for i in range(cfg.layers)
+    ]
 
 
 def mixer(name: str, cfg: ModelConfig, dtype: Any) -> Mixer:

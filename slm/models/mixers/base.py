@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
-from slm.models.layers import dense, residual_std
+from slm.models.layers import dense, residual_std, rms_norm
 from slm.models.rope import apply_rope
 
 
@@ -32,6 +32,8 @@ class Context:
     """Tables of slm.models.rope by the number of dimensions that they turn; empty without rotary positions."""
     layer: jax.Array | int = 0
     """Number of this layer, from 0."""
+    local_rope: dict[int, tuple[jax.Array, jax.Array]] | None = None
+    """`rope` of layers to which rope.local_theta applies."""
 
 
 class Mixer(nn.Module):
@@ -132,6 +134,8 @@ def even_share(cfg: ModelConfig, size: int) -> int:
 
 def logit_scale(cfg: ModelConfig) -> float:
     """What multiplies q k^T of softmax heads."""
+    if cfg.mixer.scale:
+        return cfg.mixer.scale
     # Logits of unit vectors times K**-0.5 would all be near 0 (nGPT, Loshchilov et al. 2024, section 2.3.2).
     return head_dim(cfg) ** (0.5 if cfg.mixer.qk_norm == "l2" else -0.5)
 
@@ -174,7 +178,7 @@ def normalise(x_BxTxHxK, name: str, cfg: ModelConfig, dtype: Any) -> jax.Array:
     """Queries or keys by cfg.mixer.qk_norm."""
     kind = cfg.mixer.qk_norm
     if kind == "rms":
-        return nn.RMSNorm(epsilon=cfg.norm_eps, dtype=dtype, name=name)(x_BxTxHxK)
+        return rms_norm(name, cfg, dtype)(x_BxTxHxK)
     if kind == "l2":
         x = x_BxTxHxK.astype(jnp.float32)
         return (x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)).astype(dtype)
@@ -256,7 +260,7 @@ def finish(out_BxTxHxV, x_BxTxD, cfg: ModelConfig, dtype: Any, gain: float | jax
     else:
         out = _gated(_output_norm(out, cfg, dtype), x_BxTxD, cfg, dtype)
     out = einops.rearrange(out * jnp.asarray(gain, dtype), "B T H V -> B T (H V)")
-    return dense(cfg.width, "out", cfg, dtype, residual_std(cfg))(out)
+    return dense(cfg.width, "out", cfg, dtype, residual_std(cfg), "out")(out)
 
 
 def _output_norm(out_BxTxHxV, cfg, dtype):

@@ -43,7 +43,7 @@ class BaseConvMixer(ConvMixer):
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
         cfg = self.cfg
-        gate = dense(cfg.width, "gate", dataclasses.replace(cfg, bias=True), self.dtype)(x_BxTxD)
+        gate = dense(cfg.width, "gate", dataclasses.replace(cfg, bias=("qkv",)), self.dtype)(x_BxTxD)
         y, cache = self.convolve(x_BxTxD, context, cache)
         bound = cfg.mixer.conv**-0.5  # as torch.nn.Conv1d begins
         init = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)  # noqa: E731
@@ -61,7 +61,7 @@ class ShortConvMixer(ConvMixer):
             dense(cfg.width, name, cfg, self.dtype)(x_BxTxD) for name in ("input_gate", "output_gate", "value")
         )
         y, cache = self.convolve(before * h, context, cache)
-        return dense(cfg.width, "out", cfg, self.dtype, residual_std(cfg))(after * y), cache
+        return dense(cfg.width, "out", cfg, self.dtype, residual_std(cfg), "out")(after * y), cache
 
 
 ROWS = {

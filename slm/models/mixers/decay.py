@@ -174,7 +174,7 @@ def _constant(log_decay_H, x_BxTxD):
 
 def _unbiased(cfg: ModelConfig) -> ModelConfig:
     """For projections to decays, whose bias is a parameter of their own."""
-    return dataclasses.replace(cfg, bias=False)
+    return dataclasses.replace(cfg, bias=())
 
 
 RETNET = MixerConfig(

@@ -159,7 +159,7 @@ def step_bias(key, shape):
 
 def _unbiased(cfg: ModelConfig) -> ModelConfig:
     """For projections to which a bias of their own is added in float32."""
-    return dataclasses.replace(cfg, bias=False)
+    return dataclasses.replace(cfg, bias=())
 
 
 DELTA = MixerConfig(

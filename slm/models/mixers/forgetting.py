@@ -27,7 +27,7 @@ class ForgettingMixer(SoftmaxFamily):
     def __call__(self, x_BxTxD, context: Context, cache=None):
         q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg))
         see = self.sight()
-        biased = dataclasses.replace(self.cfg, bias=True)
+        biased = dataclasses.replace(self.cfg, bias=("qkv",))
         # In float32: rounding of one gate stays in the weight of every older key.
         logits_BxTxH = dense(self.cfg.heads, "forget", biased, jnp.float32)(x_BxTxD.astype(jnp.float32))
         log_forget = jax.nn.log_sigmoid(logits_BxTxH)

@@ -41,7 +41,7 @@ class LatentMixer(SoftmaxFamily):
         k_rope = rotate(project(x_BxTxD, 1, P, "key_rope", cfg, self.dtype), context, size)
         see = self.sight() | {"scale": (K + P) ** -0.5}
         if cache is None:
-            bare = dataclasses.replace(cfg, bias=False)  # an offset of keys could not be absorbed
+            bare = dataclasses.replace(cfg, bias=())  # an offset of keys could not be absorbed
             k = project(latent, H, K, "key_up", bare, self.dtype)
             v = project(latent, H, K, "value_up", bare, self.dtype)
             k = jnp.concatenate([k, jnp.broadcast_to(k_rope, (*k.shape[:3], P))], -1)

@@ -55,7 +55,7 @@ class RWKVMixer(RecurrentMixer):
 
     def project_out(self, out_BxTxHxV) -> jax.Array:
         flat = out_BxTxHxV.reshape(*out_BxTxHxV.shape[:2], -1)
-        return dense(self.cfg.width, "out", self.cfg, self.dtype, residual_std(self.cfg))(flat)
+        return dense(self.cfg.width, "out", self.cfg, self.dtype, residual_std(self.cfg), "out")(flat)
 
     def depth(self, context: Context) -> tuple[jax.Array, jax.Array]:
         """How deep this layer lies, on which the papers' initial values depend: (0 ... 1, 1 ... almost 0)."""

@@ -253,7 +253,7 @@ class IndexedMixer(Mixer):
         if not context.rope or not size:
             return x_BxTxIxJ
         if size not in context.rope:
-            tables = rope_tables(context.positions, size, cfg.rope_theta, cfg.rope_scaling, cfg.rope_factor)
+            tables = rope_tables(context.positions, size, cfg.rope)
             context = context.replace(rope={size: tables})
         return rotate(x_BxTxIxJ, context, size)
 

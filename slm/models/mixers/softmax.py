@@ -12,6 +12,7 @@ from slm.attention import cached_attention, choose_implementation, softmax_atten
 from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
 from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, logit_scale, normalise, project, rotate
+from slm.models.rope import grown_queries
 
 
 class SoftmaxFamily(Mixer):
@@ -25,7 +26,6 @@ class SoftmaxFamily(Mixer):
         m, sink_logits = self.cfg.mixer, None
         if m.sink_logits:
             sink_logits = self.param("sink", nn.initializers.zeros, (self.cfg.heads,)).astype(jnp.float32)
-        # Logits of unit vectors times K**-0.5 would all be near 0 (nGPT, Loshchilov et al. 2024, section 2.3.2).
         scale = logit_scale(self.cfg)
         sees = {"sinks": m.sinks or 0, "sink_logits": sink_logits, "softcap": m.softcap or None}
         return {"window": m.window, "scale": scale, **sees}
@@ -89,7 +89,10 @@ def projections(x_BxTxD, cfg: ModelConfig, dtype: Any, context: Context, size: i
     K, G = head_dim(cfg), cfg.kv_heads or cfg.heads
     q = normalise(project(x_BxTxD, cfg.heads, K, "query", cfg, dtype), "query_norm", cfg, dtype)
     k = normalise(project(x_BxTxD, G, K, "key", cfg, dtype), "key_norm", cfg, dtype)
-    return rotate(q, context, size), rotate(k, context, size), project(x_BxTxD, G, K, "value", cfg, dtype)
+    q, k = rotate(q, context, size), rotate(k, context, size)
+    if size and cfg.rope.query_growth:
+        q = grown_queries(q, context.positions, cfg.rope)
+    return q, k, project(x_BxTxD, G, K, "value", cfg, dtype)
 
 
 def mean_keys(length: int, window: int | None = None, sinks: int = 0) -> float:
@@ -161,6 +164,7 @@ SOFTMAX = MixerConfig(
     qk_norm="rms",
     rope_fraction=1.0,
     sink_logits=False,
+    scale=0.0,
     softcap=0.0,
     gate="none",
     gate_rank=0,
