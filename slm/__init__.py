@@ -32,6 +32,8 @@ _HOME = {
     "load": "slm.training.run",
     "evaluate": "slm.evaluation.bits_per_byte",
     "generate": "slm.evaluation.generate",
+    "from_pretrained": "slm.interop.pretrained",
+    "save_pretrained": "slm.interop.pretrained",
 }
 __all__ = list(_HOME)
 

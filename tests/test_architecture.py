@@ -20,7 +20,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 LONGEST = 450
 HEAVY = {
     "grain", "tensorflow", "tensorflow_datasets", "array_record", "pyarrow", "tokenizers", "transformers", "torch",
-    "orbax", "tyro", "rich", "matplotlib", "tensorboardX", "wandb",
+    "orbax", "tyro", "safetensors", "huggingface_hub", "gguf", "jinja2", "rich", "matplotlib", "tensorboardX", "wandb",
 }  # fmt: skip
 
 # Room (a folder of slm/, or a file directly in it) to what its files may import of slm besides their own room: at the
@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"config", "errors", "models", "training.step", "training.loss", "training.precision", "training.mesh"},
         {"data", "training.run", "training.compilation"},
     ),
+    "interop": ({"config", "errors", "models"}, {"data"}),
     "cli": ({"config", "errors"}, {"training"}),
     # The notebook's face: above everything, so in no other row.
     "study": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "training"}),

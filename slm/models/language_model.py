@@ -10,20 +10,38 @@ from slm.models.transformer import Transformer, any_backend
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What a model from another house brought along, so that it can go back there."""
+
+    family: str
+    """A name in slm.interop.families.FAMILIES."""
+    config: dict
+    """Its config.json."""
+    dtype: str
+    """Of the stored weights."""
+    files: dict[str, str]
+    """Name to path of the other files that belong to it: tokenizer, chat template, generation settings."""
+
+
+@dataclass(frozen=True)
 class LanguageModel:
     """What `slm.load` returns and `slm.logits`, `slm.generate`, `slm.evaluate` take."""
 
     params: Any
-    """Float32 parameter tree of `Transformer.init`."""
+    """Parameter tree of `Transformer.init`, of dtype `dtype`."""
     config: Experiment
     """With model.vocab_size and model.max_length filled in."""
     tokenizer: Any
     """slm.data.tokenizers.Tokenizer."""
+    dtype: Any = jnp.float32
+    """Of computation."""
+    origin: Origin | None = None
+    """None: trained here."""
 
     @property
     def transformer(self) -> Transformer:
-        # In float32, which not every backend that trained in half precision can serve.
-        return Transformer(any_backend(self.config.model), jnp.float32)
+        # Not every backend that trained in half precision can serve this dtype.
+        return Transformer(any_backend(self.config.model), self.dtype)
 
     def __repr__(self) -> str:
         from slm.models.counts import parameter_counts

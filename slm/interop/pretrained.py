@@ -1,0 +1,227 @@
+"""Loading and saving Hugging Face folders: slm.from_pretrained and slm.save_pretrained."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slm.config import DataConfig, Experiment, MixerConfig, ModelConfig, check, flatten, override
+from slm.errors import CheckpointError, ConfigError
+from slm.interop.families import FAMILIES, family_of
+from slm.interop.families.family import Family, Names
+from slm.interop.parameters import bind, check_tensors, read_parameters, tensors_of
+from slm.interop.tensors import TensorFolder, read_json, write_shards
+from slm.models.language_model import LanguageModel, Origin
+from slm.models.layers import mlp_width
+from slm.models.mixers import head_dim, layers
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+COMPANIONS = (
+    GENERATION, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+)  # fmt: skip
+"""Files of a folder that travel with a model that is loaded from it and saved again."""
+SHARD_BYTES = 5 * 10**9
+
+
+def from_pretrained(
+    path: str | Path,
+    dtype: Any = jnp.float32,
+    place: Callable[[str, np.ndarray], jax.Array] | None = None,
+) -> LanguageModel:
+    """The model in a Hugging Face folder: config.json, safetensors (one or sharded), tokenizer.json.
+
+    Weights are read one by one; no second copy of the model exists at any time.
+
+    Args:
+      path: the folder, or a name on the Hub, such as HuggingFaceTB/SmolLM2-135M, where there is a network.
+      dtype: of the parameters, and of computation with them.
+      place: (path of a parameter, array) -> jax.Array, such as slm.training.mesh's placement by sharding rules;
+        None: the default device.
+
+    Raises:
+      CheckpointError: the folder, or a file in it, is missing, damaged or hostile, or weights and config disagree.
+      ConfigError: the family, or one of its settings, is not supported.
+    """
+    from slm.data.tokenizers import Tokenizer
+
+    folder = local_folder(path)
+    hf = read_json(folder / CONFIG)
+    family = family_of(hf)
+    cfg = read_config(family, hf, folder)
+    model = cfg.model
+    with TensorFolder(folder) as tensors:
+        # Before anything is made for each layer: the config may ask for millions.
+        if model.layers > len(tensors.names()):
+            raise CheckpointError(f"{folder}: {model.layers} layers in {CONFIG}, {len(tensors.names())} tensors")
+        names = bare(family.names, tensors.names())
+        bound = bind(model, names)
+        check_tensors(bound, tensors, names, model.tied)
+        stored = str(tensors.dtype(bound[0].theirs))
+        params = read_parameters(model, bound, tensors, dtype, place or (lambda path, array: jnp.asarray(array)))
+    origin = Origin(
+        family.model_type, hf, stored, {name: str(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    )
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return LanguageModel(params, cfg, tokenizer, dtype, origin)
+
+
+def read_config(family: Family, hf: dict, source: Path) -> Experiment:
+    """An Experiment around the model of a config.json, which functions take that take a LanguageModel.
+
+    Raises ConfigError, naming `source`, for settings that are missing, ill-typed, contradictory or not supported.
+    """
+    try:
+        model = family.read(hf)
+        longest = hf.get("max_position_embeddings") or model.max_length or 1024
+        cfg = Experiment(name=source.name, model=model, data=DataConfig(sequence_length=min(longest, 1024)))
+        return check(override(cfg, flatten(cfg)))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"{source}: config.json cannot be used: {type(error).__name__}: {error}") from error
+
+
+def bare(names: Names, found: list[str]) -> Names:
+    """`names` without the family's first word, if the file was saved from the model without its head."""
+    first = names.layers.split(".")[0] + "."
+    if any(name.startswith(first) for name in found):
+        return names
+    outside = tuple(link._replace(theirs=link.theirs.removeprefix(first)) for link in names.outside)
+    return dataclasses.replace(names, layers=names.layers.removeprefix(first), outside=outside)
+
+
+def save_pretrained(
+    model: LanguageModel, folder: str | Path, dtype: Any = None, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Writes a folder that `transformers` and slm.from_pretrained load.
+
+    A model that was loaded from such a folder keeps its settings, tokenizer and chat template; of others, the family is
+    the first that can express it.
+
+    Args:
+      model: any model whose architecture a family has.
+      folder: created if need be; weights in it are replaced.
+      dtype: of the stored weights; None: as they were loaded, float32 for a model trained here.
+      shard_bytes: most bytes in one file.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ConfigError: no family can express the model.
+      CheckpointError: the folder cannot be written.
+    """
+    family, hf = describe(model)
+    stored = jnp.dtype(dtype or (model.origin.dtype if model.origin else jnp.float32))
+    hf = {"architectures": [family.architecture], "model_type": family.model_type} | hf
+    hf |= {"dtype" if "dtype" in hf else "torch_dtype": stored.name}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        bound = bind(model.config.model, family.names)
+        write_shards(folder, tensors_of(model.params, bound, stored), shard_bytes)
+        (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
+        for name, source in (model.origin.files if model.origin else {}).items():
+            if Path(source).resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+        if model.tokenizer is not None and not (folder / "tokenizer.json").is_file():
+            save_tokenizer(model, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def save_tokenizer(model: LanguageModel, folder: Path) -> None:
+    """tokenizer.json and what transformers wants beside it."""
+    model.tokenizer.save(folder)
+    end = model.tokenizer.end_of_text_token
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def describe(model: LanguageModel) -> tuple[Family, dict]:
+    """The family that writes a model, and its config.json. Raises ConfigError if none can express it."""
+    cfg, origin = model.config.model, model.origin
+    if origin is not None:
+        family = FAMILIES[origin.family]
+        if same_model(family.read(origin.config), cfg):
+            return family, origin.config
+        written = _written(family, cfg)
+        if written is not None:
+            kept = {
+                k: v for k, v in origin.config.items() if k not in ("rope_parameters", "rope_scaling", "rope_theta")
+            }
+            return family, kept | written
+    for family in FAMILIES.values():
+        written = _written(family, cfg)
+        if written is not None:
+            ids = {}
+            if model.tokenizer is not None and model.tokenizer.end_of_text is not None:
+                ids = {"bos_token_id": model.tokenizer.end_of_text, "eos_token_id": model.tokenizer.end_of_text}
+            return family, written | {"max_position_embeddings": model.config.data.sequence_length} | written | ids
+    raise ConfigError(
+        f"no Hugging Face family has this model's architecture ({' '.join(cfg.attention)}, {cfg.norm}, {cfg.mlp}, "
+        f"position = {cfg.position}); families: {', '.join(FAMILIES)}"
+    )
+
+
+def _written(family: Family, cfg: ModelConfig) -> dict | None:
+    """config.json of `cfg` if reading it back gives the same model."""
+    try:
+        hf = family.write(cfg)
+        return hf if same_model(family.read(hf), cfg) else None
+    except (ConfigError, TypeError, ValueError, ZeroDivisionError, StopIteration):
+        return None
+
+
+def same_model(a: ModelConfig, b: ModelConfig) -> bool:
+    """Whether two configs describe the same function of the same parameters."""
+    return _essence(a) == _essence(b)
+
+
+def _essence(cfg: ModelConfig):
+    free = {"scan": True, "remat": "dots", "init_std": 0.02, "attention": (), "layer_heads": (), "layer_kv_heads": (),
+            "layer_mlp_widths": ()}  # fmt: skip
+
+    def plain(one: ModelConfig, mixer: MixerConfig) -> ModelConfig:
+        sizes = {"head_dim": head_dim(one), "kv_heads": one.kv_heads or one.heads, "mlp_width": mlp_width(one)}
+        return dataclasses.replace(one, mixer=mixer, **free, **sizes)
+
+    every = []
+    for layer in layers(cfg):
+        mixer = dataclasses.replace(layer.configured.mixer, implementation=None, chunk=None)
+        every.append((layer.mixer, plain(layer.configured, mixer)))
+    return every, plain(cfg, MixerConfig())
+
+
+def local_folder(path: str | Path) -> Path:
+    """`path` if it is a folder, else the Hub's files of that name, downloaded once.
+
+    Raises CheckpointError if it is neither, saying what to do without a network.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"no folder {folder}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"no folder {folder}; to fetch models from the Hub: pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except Exception as error:  # whatever the network may raise
+        raise CheckpointError(
+            f"no folder {folder}, and the Hub did not give {name} ({type(error).__name__}); offline: copy the model's "
+            "folder to this machine and give its path"
+        ) from error
