@@ -79,7 +79,7 @@ def read_config(family: Family, hf: dict, source: Path) -> Experiment:
     """
     try:
         model = family.read(hf)
-        longest = hf.get("max_position_embeddings") or model.max_length or 1024
+        longest = model.max_length or hf.get("max_position_embeddings") or 1024
         cfg = Experiment(name=source.name, model=model, data=DataConfig(sequence_length=min(longest, 1024)))
         return check(override(cfg, flatten(cfg)))
     except ConfigError as error:
@@ -165,7 +165,8 @@ def describe(model: LanguageModel) -> tuple[Family, dict]:
             ids = {}
             if model.tokenizer is not None and model.tokenizer.end_of_text is not None:
                 ids = {"bos_token_id": model.tokenizer.end_of_text, "eos_token_id": model.tokenizer.end_of_text}
-            return family, written | {"max_position_embeddings": model.config.data.sequence_length} | written | ids
+            longest = cfg.max_length or model.config.data.sequence_length
+            return family, {"max_position_embeddings": longest} | written | ids
     raise ConfigError(
         f"no Hugging Face family has this model's architecture ({' '.join(cfg.attention)}, {cfg.norm}, {cfg.mlp}, "
         f"position = {cfg.position}); families: {', '.join(FAMILIES)}"
