@@ -54,7 +54,7 @@ def experiment(pattern: str, rate: float, seed: int, folder: str, text: str) -> 
         name="run",
         dir=folder,
         seed=seed,
-        model=with_parameters(model, total),
+        model=equal_size(model, total),
         data=slm.DataConfig(source=tuple(files[:-1]), validation=(files[-1],), tokenizer="bpe:512",
                             sequence_length=LENGTH),
         optim=slm.OptimConfig(learning_rate=rate, warmup_steps=40, schedule="linear", final_ratio=0.0),
@@ -62,6 +62,14 @@ def experiment(pattern: str, rate: float, seed: int, folder: str, text: str) -> 
         checkpoint=slm.CheckpointConfig(every=0),
         log=slm.LogConfig(console=False),
     )  # fmt: skip
+
+
+def equal_size(model: slm.ModelConfig, total: int) -> slm.ModelConfig:
+    """`model` with a feed-forward, if possible of a multiple of 8, that brings it within 1 % of `total` parameters."""
+    try:
+        return with_parameters(model, total)
+    except slm.SlmError:
+        return with_parameters(model, total, multiple=2)
 
 
 def work(job: dict, text: str) -> dict:

@@ -133,10 +133,11 @@ def plot(rows: list[dict], path: Path) -> None:
     for mechanism in SIZES:
         mine = [p for p in table if p["mechanism"] == mechanism]
         if mine:
-            axis.errorbar([p["bytes"] for p in mine], [p["accuracy"] for p in mine],
+            axis.errorbar([p["bytes"] / 1000 for p in mine], [p["accuracy"] for p in mine],
                           yerr=[2 * p["error"] for p in mine], marker="o", capsize=3, label=mechanism)  # fmt: skip
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("bytes carried in decoding, both layers, 128 tokens")
+    axis.set_xlabel("kB carried in decoding, both layers, 128 tokens")
+    axis.set_xlim(left=0)
+    axis.set_ylim(0, 1.03)
     axis.set_ylabel("accuracy, mean and two standard errors over seeds")
     axis.grid(alpha=0.3)
     axis.legend()
