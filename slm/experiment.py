@@ -173,8 +173,9 @@ class ModelConfig:
     """Divides the output logits (Granite)."""
     norm_eps: float = 1e-6
     """Added to the variance inside a norm."""
-    bias: tuple[Literal["qkv", "out", "mlp", "norm", "head"], ...] = ()
-    """What has biases: projections into a mixer, out of it, the feed-forward's, LayerNorm, the output projection.
+    bias: tuple[Literal["qkv", "out", "mlp", "norm", "head", "recurrent"], ...] = ()
+    """What has biases: projections into a mixer, out of it, the feed-forward's, LayerNorm, the output projection; for
+    rglru, recurrent instead of qkv, and its convolution too (RecurrentGemma).
     GPT-2: `qkv out mlp norm`; Qwen 2: `qkv`."""
     tied: bool = True
     """Share the embedding matrix with the output projection."""

@@ -29,9 +29,9 @@ def same(theirs: str, ours: str) -> Link:
     return Link(theirs, (ours,), lambda x, shapes: (x,), lambda parts: parts[0])
 
 
-def reshaped(theirs: str, ours: str, shape: Callable[[np.ndarray], np.ndarray]) -> Link:
-    """A tensor whose axes of length one are arranged otherwise: `shape` is how ours looks there."""
-    return Link(theirs, (ours,), lambda x, shapes: (x.reshape(shapes[0]),), lambda parts: shape(parts[0]))
+def flat(theirs: str, ours: str) -> Link:
+    """A vector whose parameter has an axis for the heads."""
+    return Link(theirs, (ours,), lambda x, shapes: (x.reshape(shapes[0]),), lambda parts: parts[0].reshape(-1))
 
 
 def linear(theirs: str, ours: str) -> tuple[Link, Link]:
@@ -65,20 +65,39 @@ def fused_columns(theirs: str, *ours: str) -> tuple[Link, Link]:
 
 
 def by_head(theirs: str, heads: int, *ours: str) -> tuple[Link, Link]:
-    """One torch.nn.Linear for several projections, which take turns from head to head (GPT-NeoX)."""
-    n = len(ours)
+    """One torch.nn.Linear for several projections, which take turns from head to head, or from group to group."""
 
     def split(x, shapes):
-        parts = x.reshape(heads, n, -1, *x.shape[1:])
-        return tuple(parts[:, i].reshape(-1, *x.shape[1:]).T for i in range(n))
+        sizes = [shape[-1] // heads for shape in shapes]
+        if heads * sum(sizes) != x.shape[0]:
+            raise ValueError(f"{x.shape[0]} rows for {heads} heads of {' + '.join(map(str, sizes))}")
+        parts = np.split(x.reshape(heads, -1, *x.shape[1:]), np.cumsum(sizes)[:-1], axis=1)
+        return tuple(part.reshape(-1, *x.shape[1:]).T for part in parts)
 
     def join(parts):
-        rows = [part.T.reshape(heads, 1, -1, *part.shape[:-1]) for part in parts]
+        rows = [part.T.reshape(heads, -1, *part.shape[:-1]) for part in parts]
         return np.concatenate(rows, 1).reshape(-1, *parts[0].shape[:-1])
 
     return (
         Link(f"{theirs}.weight", _leaves(ours, "kernel"), split, join),
         Link(f"{theirs}.bias", _leaves(ours, "bias"), split, join),
+    )
+
+
+def conv(theirs: str, *ours: str) -> tuple[Link, Link]:
+    """One depthwise torch.nn.Conv1d, (channels, 1, width), over the channels of several."""
+
+    def split(x, shapes):
+        return tuple(part[:, 0].T for part in _cut(x, [shape[-1] for shape in shapes]))
+
+    return (
+        Link(
+            f"{theirs}.weight",
+            _leaves(ours, "kernel"),
+            split,
+            lambda parts: np.concatenate([p.T[:, None] for p in parts]),
+        ),
+        Link(f"{theirs}.bias", _leaves(ours, "bias"), _vectors, np.concatenate),
     )
 
 

@@ -66,6 +66,15 @@ CASES = {
     "neox": ("GPTNeoXForCausalLM", NEOX | {
              "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.25}}, False),
     "neox_serial": ("GPTNeoXForCausalLM", NEOX | {"use_parallel_residual": False, "attention_bias": False}, False),
+    "mamba2": ("Mamba2ForCausalLM", {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 2, "num_heads": 8,
+               "head_dim": 8, "state_size": 12, "n_groups": 2, "use_bias": True, "chunk_size": 8}, False),
+    "recurrent_gemma": ("RecurrentGemmaForCausalLM", {"vocab_size": V, "hidden_size": D, "num_hidden_layers": 5,
+                        "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 1, "lru_width": 48,
+                        "attention_window_size": 4, "conv1d_width": 3, "logits_soft_cap": 5.0}, False),
+    "qwen3_next": ("Qwen3NextForCausalLM", LLAMA | {"num_hidden_layers": 4, "head_dim": 16, "linear_key_head_dim": 8,
+                   "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+                   "num_experts": 0, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
+                   "partial_rotary_factor": 0.25}}, False),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": V, "n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": 24}, False),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The real-gated linear recurrent unit of Griffin: a state of one number a channel."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -25,13 +26,15 @@ class RGLRUMixer(Mixer):
 
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
-        cfg = self.cfg
+        cfg, biased = self.cfg, "recurrent" in self.cfg.bias
+        inner = {"qkv"} if biased else set()
+        cfg = dataclasses.replace(cfg, bias=tuple(inner | set(cfg.bias) & {"out"}))
         if cfg.mixer.implementation not in ("auto", "xla"):
             raise ConfigError(f"model.mixer.implementation = {cfg.mixer.implementation}: rglru layers only have xla")
         (B, T, _), H, V = x_BxTxD.shape, cfg.heads, value_size(cfg)
         news = {}
         u = project(x_BxTxD, H, V, "value", cfg, self.dtype)
-        u = short_conv(u, "value_conv", cfg, self.dtype, context, cache, news)
+        u = short_conv(u, "value_conv", cfg, self.dtype, context, cache, news, use_bias=biased)
         forget, enter = (BlockGate(self.dtype, name=name)(u) for name in ("forget_gate", "input_gate"))
         # Decays at first spread evenly over 0.9 ... 0.999 in a^2 (the paper's section 2.4).
         rate = self.param("decay", _slow_decays, (H, V)).astype(jnp.float32)
