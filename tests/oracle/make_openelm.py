@@ -72,7 +72,8 @@ def main():
     np.savez_compressed(ORACLE / "openelm.npz", tokens=tokens, mask=mask, logits=logits, hidden=hidden)
     config = {
         "model_type": "openelm", "architectures": ["OpenELMForCausalLM"], "vocab_size": V, "model_dim": D,
-        "head_dim": K, "num_transformer_layers": 4, "num_query_heads": HEADS, "num_kv_heads": KV_HEADS, "ffn_multipliers": SHARES,
+        "head_dim": K, "num_transformer_layers": 4, "num_query_heads": HEADS, "num_kv_heads": KV_HEADS,
+        "ffn_multipliers": SHARES,
         "ffn_dim_divisor": DIVISOR, "ffn_with_glu": True, "activation_fn_name": "swish", "num_gqa_groups": 2,
         "normalization_layer_name": "rms_norm", "normalize_qk_projections": True, "share_input_output_layers": True,
         "rope_freq_constant": 10000, "max_context_length": 64, "torch_dtype": "float32",
