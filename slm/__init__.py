@@ -34,6 +34,7 @@ _HOME = {
     "generate": "slm.evaluation.generate",
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
+    "save_gguf": "slm.interop.gguf_file",
 }
 __all__ = list(_HOME)
 

@@ -15,7 +15,8 @@ from slm.config import DataConfig, Experiment, MixerConfig, ModelConfig, check, 
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.families import FAMILIES, family_of
 from slm.interop.families.family import Family, Names
-from slm.interop.parameters import bind, check_tensors, read_parameters, tensors_of
+from slm.interop.gguf_file import open_gguf
+from slm.interop.parameters import Tensors, bind, check_tensors, read_parameters, tensors_of
 from slm.interop.tensors import TensorFolder, read_json, write_shards
 from slm.models.language_model import LanguageModel, Origin
 from slm.models.layers import mlp_width
@@ -35,12 +36,13 @@ def from_pretrained(
     dtype: Any = jnp.float32,
     place: Callable[[str, np.ndarray], jax.Array] | None = None,
 ) -> LanguageModel:
-    """The model in a Hugging Face folder: config.json, safetensors (one or sharded), tokenizer.json.
+    """The model in a Hugging Face folder (config.json, safetensors, tokenizer.json) or a GGUF file.
 
     Weights are read one by one; no second copy of the model exists at any time.
 
     Args:
-      path: the folder, or a name on the Hub, such as HuggingFaceTB/SmolLM2-135M, where there is a network.
+      path: the folder; or a GGUF file; or a name on the Hub, such as HuggingFaceTB/SmolLM2-135M, where there is a
+        network.
       dtype: of the parameters, and of computation with them.
       place: (path of a parameter, array) -> jax.Array, such as slm.training.mesh's placement by sharding rules;
         None: the default device.
@@ -51,25 +53,41 @@ def from_pretrained(
     """
     from slm.data.tokenizers import Tokenizer
 
+    if Path(path).suffix == ".gguf":
+        return _from_gguf(Path(path).expanduser(), dtype, place)
     folder = local_folder(path)
     hf = read_json(folder / CONFIG)
     family = family_of(hf)
-    cfg = read_config(family, hf, folder)
-    model = cfg.model
     with TensorFolder(folder) as tensors:
-        # Before anything is made for each layer: the config may ask for millions.
-        if model.layers > len(tensors.names()):
-            raise CheckpointError(f"{folder}: {model.layers} layers in {CONFIG}, {len(tensors.names())} tensors")
-        names = bare(family.names, tensors.names())
-        bound = bind(model, names)
-        check_tensors(bound, tensors, names, model.tied)
-        stored = str(tensors.dtype(bound[0].theirs))
-        params = read_parameters(model, bound, tensors, dtype, place or (lambda path, array: jnp.asarray(array)))
-    origin = Origin(
-        family.model_type, hf, stored, {name: str(folder / name) for name in COMPANIONS if (folder / name).is_file()}
-    )
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    return LanguageModel(params, cfg, tokenizer, dtype, origin)
+        cfg, params = _read(family, hf, folder, tensors, dtype, place)
+        stored = str(tensors.dtype(tensors.names()[0]))
+    files = {name: str(folder / name) for name in COMPANIONS if (folder / name).is_file()}
+    tokenizer = Tokenizer.load(folder) if "tokenizer.json" in files else None
+    return LanguageModel(params, cfg, tokenizer, dtype, Origin(family.model_type, hf, stored, files))
+
+
+def _from_gguf(path: Path, dtype: Any, place) -> LanguageModel:
+    from tokenizers import Tokenizer as Backend
+
+    from slm.data.tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise CheckpointError(f"no file {path}")
+    hf, tensors, tokens, origin = open_gguf(path)
+    cfg, params = _read(FAMILIES[origin.family], hf, path, tensors, dtype, place)
+    return LanguageModel(params, cfg, Tokenizer(Backend.from_str(json.dumps(tokens))), dtype, origin)
+
+
+def _read(family: Family, hf: dict, source: Path, tensors: Tensors, dtype: Any, place) -> tuple[Experiment, dict]:
+    """(config, parameters), after all that can be wrong has been looked at."""
+    cfg = read_config(family, hf, source)
+    # Before anything is made for each layer: the config may ask for millions.
+    if cfg.model.layers > len(tensors.names()):
+        raise CheckpointError(f"{source}: {cfg.model.layers} layers in {CONFIG}, {len(tensors.names())} tensors")
+    names = bare(family.names, tensors.names())
+    bound = bind(cfg.model, names)
+    check_tensors(bound, tensors, names, cfg.model.tied)
+    return cfg, read_parameters(cfg.model, bound, tensors, dtype, place or (lambda path, array: jnp.asarray(array)))
 
 
 def read_config(family: Family, hf: dict, source: Path) -> Experiment:
@@ -131,6 +149,8 @@ def save_pretrained(
         for name, source in (model.origin.files if model.origin else {}).items():
             if Path(source).resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
+        for name, text in (model.origin.texts if model.origin else {}).items():
+            (folder / name).write_text(text)
         if model.tokenizer is not None and not (folder / "tokenizer.json").is_file():
             save_tokenizer(model, folder)
     except OSError as error:

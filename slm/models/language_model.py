@@ -1,6 +1,7 @@
 """A trained model as one value: parameters, the experiment that made them, and the tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,18 @@ class Origin:
     """Of the stored weights."""
     files: dict[str, str]
     """Name to path of the other files that belong to it: tokenizer, chat template, generation settings."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Name to content of such files that exist nowhere yet."""
+
+    def text(self, name: str) -> str | None:
+        """Content of one of these files; None if there is none."""
+        return (
+            self.texts[name]
+            if name in self.texts
+            else Path(self.files[name]).read_text()
+            if name in self.files
+            else None
+        )
 
 
 @dataclass(frozen=True)
