@@ -183,6 +183,9 @@ class ModelConfig:
     """Squash the output logits to (-c, c); None: off."""
     init_std: float = 0.02
     """Standard deviation of initial weights; projections into the residual stream get it divided by sqrt(2 layers)."""
+    init_from: str | None = None
+    """Start training from the weights of a published model: a Hugging Face folder or a Hub name. The model's fields
+    come from there, and data.tokenizer too unless it is set."""
     scan: bool = True
     """Compile one block and scan over the depth; False unrolls (slower to compile, sometimes faster to run)."""
     remat: Literal["none", "dots", "full"] = "dots"

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"config", "errors", "attention"}, set()),
     "data": ({"config", "errors"}, set()),
     # The parts of training that are pure JAX must not drag the data libraries in; the loop opens the data when it runs.
-    "training": ({"config", "errors", "attention", "models"}, {"data", "evaluation"}),
+    "training": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "interop"}),
     # Never training.loop: the loop evaluates, so that would be a circle.
     "evaluation": (
         {"config", "errors", "models", "training.step", "training.loss", "training.precision", "training.mesh"},

@@ -208,8 +208,8 @@ def same_model(a: ModelConfig, b: ModelConfig) -> bool:
 
 
 def _essence(cfg: ModelConfig):
-    free = {"scan": True, "remat": "dots", "init_std": 0.02, "attention": (), "layer_heads": (), "layer_kv_heads": (),
-            "layer_mlp_widths": ()}  # fmt: skip
+    free = {"scan": True, "remat": "dots", "init_std": 0.02, "init_from": None, "attention": (), "layer_heads": (),
+            "layer_kv_heads": (), "layer_mlp_widths": ()}  # fmt: skip
 
     def plain(one: ModelConfig, mixer: MixerConfig) -> ModelConfig:
         sizes = {"head_dim": head_dim(one), "kv_heads": one.kv_heads or one.heads, "mlp_width": mlp_width(one)}

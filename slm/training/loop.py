@@ -26,7 +26,7 @@ from slm.config import Experiment, check
 from slm.errors import CheckpointError, ConfigError, DataError, DivergenceError
 from slm.models.mixers import MIXERS, check_mechanisms, layer_pattern
 from slm.training import mesh as meshes
-from slm.training import precision
+from slm.training import precision, rules
 from slm.training.checkpoint import Checkpoints
 from slm.training.compilation import enable_compilation_cache
 from slm.training.metrics import History, trackers
@@ -68,8 +68,9 @@ def train(cfg: Experiment) -> Run:
     """
     from slm.data.cache import cache_folder
     from slm.data.pipeline import check_vocabulary, open_data
+    from slm.interop.starting import started_from
 
-    cfg = check(cfg)
+    cfg = started_from(check(cfg))
     check_mechanisms(cfg.model)
     apart = [name for name in layer_pattern(cfg.model) if MIXERS[name].mixer.own_loss]
     if cfg.train.precision == "float16" and apart:
@@ -181,6 +182,8 @@ def begin(cfg: Experiment, program: Program, checkpoints: Checkpoints, fingerpri
         "loss": None,
     }
     if checkpoints.latest() is None:
+        if cfg.model.init_from is not None:
+            return _start_from(cfg, program), meta
         return program.init(jax.random.key(cfg.seed)), meta
     stored = checkpoints.read_meta()
     if stored["data"] != fingerprint:
@@ -190,6 +193,16 @@ def begin(cfg: Experiment, program: Program, checkpoints: Checkpoints, fingerpri
         )
     state, _ = checkpoints.restore(program.state)
     return state, meta | {"tokens": stored["tokens"], "loss": stored["loss"]}
+
+
+def _start_from(cfg: Experiment, program: Program) -> TrainState:
+    from slm.interop.starting import keep_origin, starting_parameters
+
+    abstract = dict(zip(rules.paths(program.state.params), jax.tree.leaves(program.state.params), strict=True))
+    params, origin = starting_parameters(cfg, lambda path, array: jax.device_put(array, abstract[path].sharding))
+    if jax.process_index() == 0:
+        keep_origin(origin, cfg.run_dir)
+    return program.start(params)
 
 
 def _save(state: TrainState, step: int, meta: dict, checkpoints: Checkpoints, recorder: Recorder, validation) -> None:

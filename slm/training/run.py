@@ -61,6 +61,7 @@ def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel
     Raises CheckpointError if there is no such run, no such checkpoint in it, or a damaged one.
     """
     from slm.data.tokenizers import Tokenizer
+    from slm.interop.starting import kept_origin
 
     run_dir = Path(run_dir)
     cfg = stored_config(run_dir)
@@ -71,7 +72,7 @@ def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{run_dir} has no {TOKENIZER}: copy it back, or train the run again")
     params = jax.tree.map(jnp.asarray, _load_params(run_dir, cfg, checkpoint))
-    return LanguageModel(params, cfg, Tokenizer.load(tokenizer_file))
+    return LanguageModel(params, cfg, Tokenizer.load(tokenizer_file), origin=kept_origin(run_dir))
 
 
 def data_fingerprint(run_dir: str | Path, cfg: Experiment) -> str:

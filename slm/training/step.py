@@ -34,6 +34,8 @@ class Program:
     mesh: Mesh
     init: Callable[[jax.Array], TrainState]
     """key -> sharded initial state."""
+    start: Callable[[Any], TrainState]
+    """float32 parameters -> sharded initial state; they are donated."""
     train: Callable[[TrainState, dict], tuple[TrainState, dict]]
     """(state, batch) -> (state, metrics); the old state is donated. `.lower(state, batch).compile()` works on the
     abstract values below."""
@@ -59,8 +61,7 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
     abstract_params = jax.eval_shape(transformer.init, jax.random.key(0))
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, abstract_params)
 
-    def init(key) -> TrainState:
-        params = transformer.init(key)
+    def start(params) -> TrainState:
         return TrainState(
             step=jnp.int32(0),
             params=params,
@@ -68,6 +69,9 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
             ema=None if cfg.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             loss_scale=LossScale.create() if cfg.train.precision == "float16" else None,
         )
+
+    def init(key) -> TrainState:
+        return start(transformer.init(key))
 
     def averaged(state: TrainState):
         return evaluation_params(cfg.optim, state.opt_state, state.params) if state.ema is None else state.ema
@@ -83,6 +87,8 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
         transformer=transformer,
         mesh=mesh,
         init=jax.jit(init, out_shardings=shardings, compiler_options=options),
+        start=jax.jit(start, donate_argnums=0, in_shardings=(shardings.params,), out_shardings=shardings,
+                      compiler_options=options),
         train=jax.jit(
             step, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, replicated),
             compiler_options=options,

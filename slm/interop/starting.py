@@ -1,0 +1,92 @@
+"""Training that starts from a published model: model.init_from."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from slm.config import DataConfig, Experiment, MixerConfig, ModelConfig
+from slm.errors import CheckpointError, ConfigError
+from slm.interop.families import FAMILIES, family_of
+from slm.interop.pretrained import CONFIG, from_pretrained, local_folder, read_config
+from slm.interop.tensors import read_json
+from slm.models.language_model import Origin
+
+FREE = ("scan", "remat", "init_std", "init_from")
+FREE_OF_MIXERS = ("implementation", "chunk")
+"""Fields of the experiment that hold beside a model that is loaded: how it runs, not what it is."""
+ORIGIN = "origin"
+"""Folder of a run that keeps what the model brought along."""
+
+
+def started_from(cfg: Experiment) -> Experiment:
+    """`cfg` with the architecture of the model in cfg.model.init_from, and its tokenizer unless one is named.
+
+    Raises ConfigError for a field of cfg.model that contradicts it, and what `slm.from_pretrained` raises.
+    """
+    if cfg.model.init_from is None:
+        return cfg
+    path = cfg.model.init_from
+    if Path(path).suffix == ".gguf":
+        raise ConfigError(
+            f"model.init_from = {path!r}: training starts from Hugging Face folders; make one of the GGUF file with "
+            "slm.save_pretrained(slm.from_pretrained(FILE), FOLDER)"
+        )
+    folder = local_folder(path)
+    hf = read_json(folder / CONFIG)
+    theirs = read_config(family_of(hf), hf, folder).model
+    mine, unset = cfg.model, ModelConfig()
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in (*FREE, "mixer"):
+            _agree(f"model.{field.name}", *(getattr(m, field.name) for m in (mine, unset, theirs)), path)
+    for field in dataclasses.fields(MixerConfig):
+        if field.name not in FREE_OF_MIXERS:
+            values = (getattr(m.mixer, field.name) for m in (mine, unset, theirs))
+            _agree(f"model.mixer.{field.name}", *values, path)
+    kept = {name: getattr(mine, name) for name in FREE}
+    mixer = dataclasses.replace(theirs.mixer, **{name: getattr(mine.mixer, name) for name in FREE_OF_MIXERS})
+    data = cfg.data
+    if data.tokenizer == DataConfig().tokenizer:
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"model.init_from = {path!r} has no tokenizer.json: name one in data.tokenizer")
+        data = dataclasses.replace(data, tokenizer=str(folder / "tokenizer.json"))
+    return dataclasses.replace(cfg, model=dataclasses.replace(theirs, mixer=mixer, **kept), data=data)
+
+
+def _agree(name: str, mine: Any, unset: Any, theirs: Any, path: str) -> None:
+    if mine not in (unset, theirs):
+        raise ConfigError(f"{name} = {mine!r} contradicts model.init_from: {path} has {theirs!r}; leave it out")
+
+
+def starting_parameters(cfg: Experiment, place: Callable[[str, np.ndarray], jax.Array]) -> tuple[Any, Origin]:
+    """(float32 parameters of cfg.model.init_from, where `place` puts them; what the model brought along)."""
+    model = from_pretrained(cfg.model.init_from, place=place)
+    return model.params, model.origin
+
+
+def keep_origin(origin: Origin, run_dir: Path) -> None:
+    """Copies what the model brought along into the run folder, so that the trained model can go back whence it came."""
+    folder = run_dir / ORIGIN
+    folder.mkdir(exist_ok=True)
+    for name in (*origin.files, *origin.texts):
+        (folder / name).write_bytes(
+            Path(origin.files[name]).read_bytes() if name in origin.files else origin.texts[name].encode()
+        )
+    record = {"family": origin.family, "dtype": origin.dtype, "config": origin.config}
+    (folder / "origin.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def kept_origin(run_dir: Path) -> Origin | None:
+    """What `keep_origin` kept; None for a model that began here. Raises CheckpointError if it is damaged."""
+    folder = run_dir / ORIGIN
+    if not (folder / "origin.json").is_file():
+        return None
+    record = read_json(folder / "origin.json")
+    if record.get("family") not in FAMILIES or not isinstance(record.get("config"), dict):
+        raise CheckpointError(f"{folder / 'origin.json'} is damaged: delete {folder} to go on without it")
+    files = {path.name: str(path) for path in folder.iterdir() if path.name != "origin.json"}
+    return Origin(record["family"], record["config"], record.get("dtype", "float32"), files)
