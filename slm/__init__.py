@@ -35,6 +35,7 @@ _HOME = {
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_file",
+    "save_stablehlo": "slm.interop.stablehlo",
 }
 __all__ = list(_HOME)
 
