@@ -126,7 +126,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer."""
+    """A transformer: a decoder, or, without `causal`, an encoder."""
 
     vocab_size: int = 0
     """Rows of the embedding; 0 takes the tokenizer's size."""
@@ -144,6 +144,8 @@ class ModelConfig:
     """Layer pattern, repeated over the depth, of names in slm.models.mixers: mechanisms (MIXERS), such as
     `window window softmax`, or patterns that production uses (HYBRIDS), such as `qwen3_next`."""
     mixer: MixerConfig = field(default_factory=MixerConfig)
+    causal: bool = True
+    """Tokens see only those before them; False: both sides (softmax mixers only): an encoder, which cannot generate."""
     position: Literal["rope", "learned", "none"] = "rope"
     """How positions enter: rotary (Su et al. 2021), a learned table (GPT-2), or not at all."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -162,20 +164,44 @@ class ModelConfig:
     """Hidden size of each layer's feed-forward, where they differ; empty: `mlp_width` in all."""
     norm: Literal["rmsnorm", "zero_centered_rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation of layers and after the last block; zero-centred: times 1 + scale (Gemma)."""
-    residual: Literal["pre", "sandwich", "parallel", "parallel_shared"] = "pre"
+    residual: Literal["pre", "sandwich", "parallel", "parallel_shared", "post"] = "pre"
     """pre: x + f(norm x), attention, then feed-forward; sandwich: x + norm(f(norm x)) (Gemma 2); parallel: both read
-    the same x through norms of their own (GPT-NeoX), or through one (Phi-2)."""
+    the same x through norms of their own (GPT-NeoX), or through one (Phi-2); post: norm(x + f(x)), and no norm after
+    the last block (BERT)."""
+    first_norm: bool = True
+    """Norm in front of the first layer's mixer; False where embeddings are normed already (ModernBERT)."""
+    shared_layers: bool = False
+    """One set of parameters for all repeats of the layer pattern (ALBERT)."""
     residual_scale: float = 1.0
     """Multiplier of what each layer adds to the residual stream (Granite)."""
     embedding_scale: float = 1.0
     """Multiplier of embeddings (Gemma: root of width; Granite)."""
+    embedding_norm: bool = False
+    """Norm the embeddings before the first layer (BERT)."""
+    embedding_width: int | None = None
+    """Size of embeddings, which a projection brings to `width` (ALBERT); None: width."""
+    token_types: int = 0
+    """Rows of a table of token types, such as first and second sentence (BERT); 0: none."""
+    head: Literal["lm", "masked_lm", "sequence", "token", "embedding"] = "lm"
+    """What the model answers: logits of the next token, or of hidden tokens (BERT); labels of a sequence or of each
+    token; one vector for a sequence."""
+    labels: int = 0
+    """Labels that a sequence or token head tells apart."""
+    pooling: Literal["first", "mean"] = "first"
+    """What stands for a sequence before its head: the first token, or the mean of all."""
+    head_activation: Literal["none", "tanh", "relu", "gelu", "gelu_erf"] = "none"
+    """Activation of a dense layer in front of the head (BERT's pooler: tanh); none: no such layer."""
+    head_norm: bool = False
+    """Norm behind that layer."""
+    unit_length: bool = False
+    """Vectors of an embedding head have length one (sentence-transformers)."""
     logit_divisor: float = 1.0
     """Divides the output logits (Granite)."""
     norm_eps: float = 1e-6
     """Added to the variance inside a norm."""
-    bias: tuple[Literal["qkv", "out", "mlp", "norm", "head"], ...] = ()
-    """What has biases: projections into a mixer, out of it, the feed-forward's, LayerNorm, the output projection.
-    GPT-2: `qkv out mlp norm`; Qwen 2: `qkv`."""
+    bias: tuple[Literal["qkv", "out", "mlp", "norm", "head", "head_dense"], ...] = ()
+    """What has biases: projections into a mixer, out of it, the feed-forward's, LayerNorm, the output projection, the
+    dense layer in front of the head. GPT-2: `qkv out mlp norm`; Qwen 2: `qkv`."""
     tied: bool = True
     """Share the embedding matrix with the output projection."""
     logit_softcap: float | None = None

@@ -22,7 +22,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, context: Context, cache=None):
         cfg = self.cfg
-        normed = self._norm("attention_norm", x)
+        if cfg.residual == "post":
+            return self._post(x, context, cache)
+        normed = self._norm("attention_norm", x) if cfg.first_norm else x
         mixed, cache = mixer(self.mechanism, cfg, self.dtype)(normed, context, cache)
         if cfg.residual == "sandwich":
             mixed = self._norm("attention_post_norm", mixed)
@@ -36,6 +38,15 @@ class Block(nn.Module):
         if cfg.residual == "sandwich":
             hidden = self._norm("mlp_post_norm", hidden)
         return mixed + self._scaled(hidden), cache
+
+    def _post(self, x, context, cache):
+        """Both parts read the stream as it is, and the norms stand on it."""
+        mixed, cache = mixer(self.mechanism, self.cfg, self.dtype)(x, context, cache)
+        x = self._norm("attention_norm", x + self._scaled(mixed))
+        if self.cfg.mlp == "none":
+            return x, cache
+        hidden = MLP(self.cfg, self.dtype, name="mlp")(x)
+        return self._norm("mlp_norm", x + self._scaled(hidden)), cache
 
     def _norm(self, name, x):
         return norm(name, self.cfg, self.dtype)(x)

@@ -24,6 +24,7 @@ import numpy as np
 
 from slm.config import Experiment, check
 from slm.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from slm.models.heads import check_next_token
 from slm.models.mixers import MIXERS, check_mechanisms, layer_pattern
 from slm.training import mesh as meshes
 from slm.training import precision
@@ -71,6 +72,7 @@ def train(cfg: Experiment) -> Run:
 
     cfg = check(cfg)
     check_mechanisms(cfg.model)
+    check_next_token(cfg.model)
     apart = [name for name in layer_pattern(cfg.model) if MIXERS[name].mixer.own_loss]
     if cfg.train.precision == "float16" and apart:
         raise ConfigError(

@@ -3,11 +3,13 @@
 import difflib
 
 from slm.errors import ConfigError
-from slm.interop.families import gemma, gpt, llama, phi, qwen
+from slm.interop.families import bert, gemma, gpt, llama, modernbert, phi, qwen
 from slm.interop.families.family import Family
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for module in (llama, qwen, gemma, phi, gpt) for family in module.FAMILIES
+    family.model_type: family
+    for module in (llama, qwen, gemma, phi, gpt, bert, modernbert)
+    for family in module.FAMILIES
 }
 """In order of preference for a model that several could express."""
 

@@ -54,18 +54,21 @@ class SoftmaxFamily(Mixer):
             return chosen
         extras = bool(segments or m.softcap or m.sinks or m.sink_logits or not cls.plain)
         shape = (1, length, cfg.heads, head_dim(cfg))
-        return choose_implementation(shape, dtype, window=m.window, extras=extras, platform=platform)
+        return choose_implementation(shape, dtype, causal=cfg.causal, window=m.window, extras=extras, platform=platform)
 
 
 class SoftmaxMixer(SoftmaxFamily):
     """Grouped-query softmax attention (Ainslie et al. 2023) with the switches of `SOFTMAX`."""
+
+    bidirectional = True
 
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
         q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg))
         see, ids = self.sight(), context.segment_ids
         if cache is None:
-            out = softmax_attention(q, k, v, segment_ids=ids, implementation=self.implementation(self.cfg), **see)
+            see |= {"causal": self.cfg.causal, "implementation": self.implementation(self.cfg)}
+            out = softmax_attention(q, k, v, segment_ids=ids, **see)
         else:
             out, cache = attend_and_store(q, k, v, context.positions, cache, **see)
         return finish(out, x_BxTxD, self.cfg, self.dtype), cache
@@ -81,7 +84,10 @@ class SoftmaxMixer(SoftmaxFamily):
     @classmethod
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:
         """q k^T and weights v over the keys that a query sees, mean over positions."""
-        return 4 * cfg.heads * head_dim(cfg) * mean_keys(length, cfg.mixer.window, cfg.mixer.sinks or 0)
+        keys = mean_keys(length, cfg.mixer.window, cfg.mixer.sinks or 0)
+        if not cfg.causal:
+            keys = mean_keys_both_sides(length, cfg.mixer.window)
+        return 4 * cfg.heads * head_dim(cfg) * keys
 
 
 def projections(x_BxTxD, cfg: ModelConfig, dtype: Any, context: Context, size: int):
@@ -101,6 +107,12 @@ def mean_keys(length: int, window: int | None = None, sinks: int = 0) -> float:
     beyond = length - W  # queries whose window leaves something out: the n-th of them n tokens, sinks among them
     few = min(sinks, beyond)
     return (W * (W + 1) / 2 + beyond * W + few * (few + 1) / 2 + (beyond - few) * sinks) / length
+
+
+def mean_keys_both_sides(length: int, window: int | None = None) -> float:
+    """Keys that a query of an encoder sees, mean over `length` positions; sinks beyond the window are not counted."""
+    W = min(length, window or length)
+    return 2 * W - 1 - W * (W - 1) / length
 
 
 def key_value_cache(batch: int, slots: int, G: int, K: int, V: int, dtype: Any) -> dict[str, jax.Array]:
