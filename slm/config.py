@@ -278,6 +278,7 @@ _RANGES = {
     "model.mixer.chunk": (1, _INF), "model.mixer.horizon": (1, _INF),
     "model.mlp_width": (1, _INF), "model.max_length": (1, _INF),
     "model.embedding_width": (1, _INF), "model.token_types": (0, _INF), "model.labels": (0, _INF),
+    "model.bottleneck": (1, _INF), "model.feedforwards": (1, _INF),
     "data.sequence_length": (1, _INF), "data.validation_length": (1, _INF),
     "optim.learning_rate": (0, _INF), "optim.warmup_steps": (0, _INF), "optim.weight_decay": (0, _INF),
     "optim.b1": (0, 1 - 1e-9), "optim.b2": (0, 1 - 1e-9), "optim.momentum": (0, 1 - 1e-9), "train.steps": (1, _INF),

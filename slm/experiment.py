@@ -162,8 +162,13 @@ class ModelConfig:
     """Key/value heads of each layer, where they differ; empty: `kv_heads` in all."""
     layer_mlp_widths: tuple[int, ...] = ()
     """Hidden size of each layer's feed-forward, where they differ; empty: `mlp_width` in all."""
-    norm: Literal["rmsnorm", "zero_centered_rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation of layers and after the last block; zero-centred: times 1 + scale (Gemma)."""
+    feedforwards: int = 1
+    """Feed-forward networks in one block, one after the other, where there is a bottleneck."""
+    bottleneck: int | None = None
+    """Size of the stream inside a block, narrower than `width` (MobileBERT); None: width."""
+    norm: Literal["rmsnorm", "zero_centered_rmsnorm", "layernorm", "affine"] = "rmsnorm"
+    """Normalisation of layers and after the last block; zero-centred: times 1 + scale (Gemma); affine: none, only a
+    learned scale and bias (MobileBERT)."""
     residual: Literal["pre", "sandwich", "parallel", "parallel_shared", "post"] = "pre"
     """pre: x + f(norm x), attention, then feed-forward; sandwich: x + norm(f(norm x)) (Gemma 2); parallel: both read
     the same x through norms of their own (GPT-NeoX), or through one (Phi-2); post: norm(x + f(x)), and no norm after
@@ -180,6 +185,12 @@ class ModelConfig:
     """Norm the embeddings before the first layer (BERT)."""
     embedding_width: int | None = None
     """Size of embeddings, which a projection brings to `width` (ALBERT); None: width."""
+    trigrams: bool = False
+    """The projection to `width` reads embeddings of a token and of both its neighbours, whatever document they are of,
+    and positions and token types are added behind it (MobileBERT)."""
+    wide_readout: bool = False
+    """Where embeddings are narrower than `width`, the tied output projection gets rows of its own (MobileBERT); False:
+    the head narrows hidden states (ALBERT)."""
     token_types: int = 0
     """Rows of a table of token types, such as first and second sentence (BERT); 0: none."""
     head: Literal["lm", "masked_lm", "sequence", "token", "embedding"] = "lm"

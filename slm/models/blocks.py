@@ -1,12 +1,18 @@
 """One layer: token mixing and feed-forward, each normed and added to the residual stream."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 
 from slm.config import ModelConfig
-from slm.models.layers import MLP, norm
-from slm.models.mixers import Context, mixer
+from slm.models.layers import MLP, dense, norm, residual_std
+from slm.models.mixers import Context, head_dim, mixer
+
+
+def block(cfg: ModelConfig, mechanism: str, dtype: Any) -> nn.Module:
+    """A layer of the kind that cfg asks for."""
+    return (BottleneckBlock if cfg.bottleneck else Block)(cfg, mechanism, dtype)
 
 
 class Block(nn.Module):
@@ -53,3 +59,31 @@ class Block(nn.Module):
 
     def _scaled(self, x):
         return x if self.cfg.residual_scale == 1 else x * self.cfg.residual_scale
+
+
+class BottleneckBlock(nn.Module):
+    """MobileBERT's layer (Sun et al. 2020): a narrow stream inside, with norms after each residual.
+
+    Queries and keys read one narrow copy of x, values x itself; the mixer and the feed-forwards add to another narrow
+    copy, which a projection brings back to x.
+    """
+
+    cfg: ModelConfig
+    mechanism: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, context: Context, cache=None):
+        cfg, dtype = self.cfg, self.dtype
+        inner = dataclasses.replace(cfg, width=cfg.bottleneck, head_dim=head_dim(cfg))
+
+        def narrowed(name):
+            return norm(f"{name}_norm", cfg, dtype)(dense(cfg.bottleneck, name, cfg, dtype, part="mlp")(x))
+
+        stream = narrowed("narrow")
+        mixed, cache = mixer(self.mechanism, inner, dtype)(narrowed("narrow_query"), context, cache, x)
+        stream = norm("attention_norm", cfg, dtype)(stream + mixed)
+        for i in range(cfg.feedforwards):
+            stream = norm(f"mlp{i}_norm", cfg, dtype)(stream + MLP(inner, dtype, name=f"mlp{i}")(stream))
+        wide = dense(cfg.width, "widen", cfg, dtype, residual_std(cfg), "mlp")(stream)
+        return norm("widen_norm", cfg, dtype)(x + wide), cache

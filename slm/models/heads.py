@@ -1,9 +1,11 @@
 """What stands behind the last layer: logits over the vocabulary, labels, or one vector for a sequence.
 
 Parameters under `head`: a dense layer and its norm, called `transform` where it reads every token and `pooler` where it
-reads what stands for the sequence, and `norm`; then `kernel` (untied) and `bias` over the vocabulary, or `classifier`.
+reads what stands for the sequence, and `norm`; then `kernel` (untied; `rest` of a tied one) and `bias` over the
+vocabulary, or `classifier`.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -46,11 +48,19 @@ def check_head(cfg: ModelConfig) -> None:
         cfg.head not in ("sequence", "embedding") or cfg.pooling == "mean" or not cfg.causal,
         "model.pooling = first: the first token of a causal model sees nothing else; set model.pooling = mean",
     )
+    demand(
+        not cfg.trigrams or not cfg.causal,
+        "model.trigrams = true reads the next token: set model.causal = false",
+    )
     plain = cfg.head_activation == "none"
     demand(not (cfg.head_norm and plain), "model.head_norm needs the dense layer of model.head_activation: set that")
     demand(cfg.head != "lm" or plain, "model.head_activation: model.head = lm has no dense layer; set it to none")
     demand(
-        cfg.head not in OVER_TOKENS or not cfg.tied or _readout_width(cfg) == embedding_width(cfg),
+        not cfg.wide_readout or cfg.width > embedding_width(cfg),
+        f"model.wide_readout: model.embedding_width must be less than model.width = {cfg.width}",
+    )
+    demand(
+        cfg.head not in OVER_TOKENS or not cfg.tied or has_rest(cfg) or _readout_width(cfg) == embedding_width(cfg),
         f"model.embedding_width = {cfg.embedding_width}: a tied output projection needs model.width, or "
         "model.head = masked_lm with a model.head_activation; else set model.tied = false",
     )
@@ -70,6 +80,11 @@ def has_kernel(cfg: ModelConfig) -> bool:
     return cfg.head in OVER_TOKENS and not cfg.tied
 
 
+def has_rest(cfg: ModelConfig) -> bool:
+    """Whether the tied output projection has rows of its own, for hidden states wider than embeddings."""
+    return cfg.head == "masked_lm" and cfg.tied and cfg.wide_readout
+
+
 def has_bias(cfg: ModelConfig) -> bool:
     """Whether logits over the vocabulary have a bias."""
     return cfg.head in OVER_TOKENS and "head" in cfg.bias
@@ -80,6 +95,9 @@ def init_head(cfg: ModelConfig, key: jax.Array) -> dict:
     params, D = {}, jnp.zeros((1, cfg.width))
     if has_kernel(cfg):
         params["kernel"] = nn.initializers.normal(cfg.init_std)(key, (_readout_width(cfg), cfg.vocab_size))
+    if has_rest(cfg):
+        rest = cfg.width - embedding_width(cfg), cfg.vocab_size
+        params["rest"] = {"kernel": nn.initializers.normal(cfg.init_std)(jax.random.fold_in(key, 3), rest)}
     if has_bias(cfg):
         params["bias"] = jnp.zeros(cfg.vocab_size)
     if cfg.head_activation != "none":
@@ -131,7 +149,7 @@ def _pooled(cfg, hidden_BxTxD, mask_BxT):
 
 
 def _readout_width(cfg):
-    narrow = cfg.head == "masked_lm" and cfg.head_activation != "none"
+    narrow = cfg.head == "masked_lm" and cfg.head_activation != "none" and not cfg.wide_readout
     return embedding_width(cfg) if narrow else cfg.width
 
 
@@ -141,7 +159,8 @@ def _dense(cfg, dtype):
 
 
 def _norm(cfg, dtype):
-    return norm("norm", cfg, dtype)
+    # MobileBERT's head has the norm that its layers leave out.
+    return norm("norm", dataclasses.replace(cfg, norm="layernorm") if cfg.norm == "affine" else cfg, dtype)
 
 
 def _classifier(cfg, dtype):

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from slm.attention.forget import document_starts
 from slm.config import ModelConfig
 from slm.errors import ConfigError
-from slm.models.blocks import Block
+from slm.models.blocks import block
 from slm.models.embedding import embed, init_embedding
-from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, init_head, transform
+from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
 from slm.models.layers import norm
 from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
 from slm.models.rope import rope_tables
@@ -91,11 +91,11 @@ class Transformer:
         for group, (pattern, repeats) in self.groups.items():
             params[group] = {}
             for i, layer in enumerate(pattern):
-                block = Block(any_backend(layer.cfg), layer.mechanism, jnp.float32)
+                module = block(any_backend(layer.cfg), layer.mechanism, jnp.float32)
                 depths = depth + i + len(pattern) * jnp.arange(self.stored(repeats))
 
-                def one(key, depth, block=block):
-                    return block.init(key, x_BxTxD, context.replace(layer=depth))["params"]
+                def one(key, depth, module=module):
+                    return module.init(key, x_BxTxD, context.replace(layer=depth))["params"]
 
                 params[group][str(i)] = jax.vmap(one)(jax.random.split(next(keys), len(depths)), depths)
             depth += len(pattern) * repeats
@@ -142,11 +142,11 @@ class Transformer:
             period_params, first, period_cache = one
             new_cache = {}
             for i, layer in enumerate(pattern):
-                block = Block(layer.cfg, layer.mechanism, self.dtype)
+                module = block(layer.cfg, layer.mechanism, self.dtype)
                 old = None if period_cache is None else period_cache[str(i)]
                 rope = context.local_rope if layer.local else context.rope
                 here = context.replace(layer=first + i, rope=rope, local_rope=None)
-                x, new_cache[str(i)] = block.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
+                x, new_cache[str(i)] = module.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
             return x, None if period_cache is None else new_cache
 
         if self.cfg.remat != "none" and cache is None:
@@ -167,7 +167,10 @@ class Transformer:
 
     def unembedding(self, params) -> jax.Array:
         """(D, V) matrix from hidden states, or (E, V) from those that a masked LM has transformed, to logits."""
-        return params["head"]["kernel"] if has_kernel(self.cfg) else params["embed"]["embedding"].T
+        if has_kernel(self.cfg):
+            return params["head"]["kernel"]
+        columns = params["embed"]["embedding"].T
+        return jnp.concatenate([columns, params["head"]["rest"]["kernel"]]) if has_rest(self.cfg) else columns
 
     def readout(self, params, hidden) -> tuple[jax.Array, jax.Array]:
         """(hidden (..., D'), matrix (D', V)) whose product is the logits before the soft cap, for losses that never

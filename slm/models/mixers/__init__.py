@@ -154,6 +154,13 @@ def check_mechanisms(cfg: ModelConfig) -> None:
             raise ConfigError(f"model.causal = false: layers of {name} see only the past; use {', '.join(both)}")
     if not cfg.first_norm and cfg.residual == "post":
         raise ConfigError("model.first_norm = false: no layer of model.residual = post has such a norm; leave it true")
+    other = [name for name in layer_pattern(cfg) if not issubclass(MIXERS[name].mixer, softmax.SoftmaxMixer)]
+    if cfg.bottleneck and (cfg.residual != "post" or other or cfg.mlp == "none"):
+        raise ConfigError(
+            f"model.bottleneck = {cfg.bottleneck} needs model.residual = post, a feed-forward, and softmax mixers"
+        )
+    if cfg.feedforwards > 1 and not cfg.bottleneck:
+        raise ConfigError(f"model.feedforwards = {cfg.feedforwards}: only blocks with model.bottleneck have several")
     period = len(layer_pattern(cfg))
     if cfg.shared_layers and (not cfg.first_norm or cfg.layers % period or len(set(layers(cfg))) > period):
         raise ConfigError(

@@ -63,8 +63,8 @@ class SoftmaxMixer(SoftmaxFamily):
     bidirectional = True
 
     @nn.compact
-    def __call__(self, x_BxTxD, context: Context, cache=None):
-        q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg))
+    def __call__(self, x_BxTxD, context: Context, cache=None, value_input=None):
+        q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg), value_input)
         see, ids = self.sight(), context.segment_ids
         if cache is None:
             see |= {"causal": self.cfg.causal, "implementation": self.implementation(self.cfg)}
@@ -90,15 +90,16 @@ class SoftmaxMixer(SoftmaxFamily):
         return 4 * cfg.heads * head_dim(cfg) * keys
 
 
-def projections(x_BxTxD, cfg: ModelConfig, dtype: Any, context: Context, size: int):
-    """Normed and rotated queries (B, T, H, K) and keys (B, T, G, K), and values (B, T, G, K)."""
+def projections(x_BxTxD, cfg: ModelConfig, dtype: Any, context: Context, size: int, value_input=None):
+    """Normed and rotated queries (B, T, H, K) and keys (B, T, G, K), and values (B, T, G, K), which read x or
+    `value_input` (B, T, any)."""
     K, G = head_dim(cfg), cfg.kv_heads or cfg.heads
     q = normalise(project(x_BxTxD, cfg.heads, K, "query", cfg, dtype), "query_norm", cfg, dtype)
     k = normalise(project(x_BxTxD, G, K, "key", cfg, dtype), "key_norm", cfg, dtype)
     q, k = rotate(q, context, size), rotate(k, context, size)
     if size and cfg.rope.query_growth:
         q = grown_queries(q, context.positions, cfg.rope)
-    return q, k, project(x_BxTxD, G, K, "value", cfg, dtype)
+    return q, k, project(x_BxTxD if value_input is None else value_input, G, K, "value", cfg, dtype)
 
 
 def mean_keys(length: int, window: int | None = None, sinks: int = 0) -> float:
