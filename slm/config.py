@@ -231,6 +231,7 @@ def check(cfg: Experiment) -> Experiment:
         "model.mixer.implementation = cudnn serves half precision without documents or soft cap: set "
         "data.packing = stream, train.precision = bfloat16, model.mixer.softcap = 0; or use auto",
     )
+    demand(0 < d.mask_fraction < 1, f"data.mask_fraction = {d.mask_fraction}: must be in (0, 1)")
     demand(0 <= d.validation_fraction < 1, f"data.validation_fraction = {d.validation_fraction}: must be in [0, 1)")
     demand(
         t.batch_size % t.accumulation == 0,

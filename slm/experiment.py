@@ -248,6 +248,8 @@ class DataConfig:
     """Tokens in one training sequence (T)."""
     validation_length: int | None = None
     """Tokens in one validation sequence; longer than in training, it tests extrapolation; None: sequence_length."""
+    mask_fraction: float = 0.15
+    """Share of tokens that model.head = masked_lm is asked for: 80 % of them hidden, 10 % replaced, 10 % left."""
     packing: Literal["documents", "stream"] = "documents"
     """`documents`: attention and positions stop at document boundaries; `stream`: one endless text."""
     cache: str | None = None

@@ -66,12 +66,18 @@ def check_head(cfg: ModelConfig) -> None:
     )
 
 
+def check_trains(cfg: ModelConfig) -> None:
+    """Raises ConfigError for a model that text alone cannot train."""
+    if cfg.head not in OVER_TOKENS:
+        raise ConfigError(f"model.head = {cfg.head}: sources have no labels; train model.head = lm or masked_lm")
+
+
 def check_next_token(cfg: ModelConfig) -> None:
     """Raises ConfigError for a model that does not predict the next token."""
     if cfg.head != "lm":
         raise ConfigError(
-            f"model.head = {cfg.head}: training, generation and bits per byte need the next token, which only "
-            "model.head = lm predicts; use slm.logits"
+            f"model.head = {cfg.head}: generation and bits per byte need the next token, which only model.head = lm "
+            "predicts; use slm.logits"
         )
 
 
