@@ -17,6 +17,7 @@ from slm.interop.families import FAMILIES
 from slm.interop.families.heads import SETTINGS
 from slm.models.counts import cache_bytes, flops_per_token, parameter_counts, product_flops
 from slm.models.language_model import LanguageModel
+from slm.models.mixers.softmax import mean_keys_both_sides
 from slm.models.transformer import Transformer
 from slm.training import rules
 
@@ -162,6 +163,13 @@ def test_flops_are_those_of_the_products(name):
     tokens = jax.ShapeDtypeStruct((1, T), jnp.int32)
     counted = product_flops(lambda p, t: transformer.answer(p, transformer.hidden(p, t)[0]), params, tokens)
     assert flops_per_token(cfg, T)["forward"] * T == pytest.approx(counted, rel=1e-6)
+
+
+@pytest.mark.parametrize(("length", "window"), [(9, None), (9, 9), (9, 20), (9, 3), (9, 1), (1, 4)])
+def test_keys_of_a_query_that_sees_both_sides(length, window):
+    i, j = np.mgrid[:length, :length]
+    seen = np.abs(i - j) < (window or length)
+    assert mean_keys_both_sides(length, window) == pytest.approx(seen.sum() / length)
 
 
 def test_tensors_with_names_of_old_and_a_second_task_are_read(tmp_path):
