@@ -231,6 +231,7 @@ def check(cfg: Experiment) -> Experiment:
         "model.mixer.implementation = cudnn serves half precision without documents or soft cap: set "
         "data.packing = stream, train.precision = bfloat16, model.mixer.softcap = 0; or use auto",
     )
+    demand(0 < d.mask_fraction < 1, f"data.mask_fraction = {d.mask_fraction}: must be in (0, 1)")
     demand(0 <= d.validation_fraction < 1, f"data.validation_fraction = {d.validation_fraction}: must be in [0, 1)")
     demand(
         t.batch_size % t.accumulation == 0,
@@ -276,8 +277,10 @@ _RANGES = {
     "model.mixer.top_k": (1, _INF), "model.mixer.index_heads": (1, _INF), "model.mixer.index_dim": (1, _INF),
     "model.mixer.latent_dim": (0, _INF), "model.mixer.query_latent_dim": (0, _INF), "model.mixer.rope_dim": (0, _INF),
     "model.mixer.chunk": (1, _INF), "model.mixer.horizon": (1, _INF),
-    "model.mlp_width": (1, _INF), "model.max_length": (1, _INF), "data.sequence_length": (1, _INF),
-    "data.validation_length": (1, _INF),
+    "model.mlp_width": (1, _INF), "model.max_length": (1, _INF),
+    "model.embedding_width": (1, _INF), "model.token_types": (0, _INF), "model.labels": (0, _INF),
+    "model.bottleneck": (1, _INF), "model.feedforwards": (1, _INF),
+    "data.sequence_length": (1, _INF), "data.validation_length": (1, _INF),
     "optim.learning_rate": (0, _INF), "optim.warmup_steps": (0, _INF), "optim.weight_decay": (0, _INF),
     "optim.b1": (0, 1 - 1e-9), "optim.b2": (0, 1 - 1e-9), "optim.momentum": (0, 1 - 1e-9), "train.steps": (1, _INF),
     "train.batch_size": (1, _INF), "train.accumulation": (1, _INF), "train.loss_chunk": (1, _INF),

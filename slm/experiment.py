@@ -126,7 +126,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer."""
+    """A transformer: a decoder, or, without `causal`, an encoder."""
 
     vocab_size: int = 0
     """Rows of the embedding; 0 takes the tokenizer's size."""
@@ -144,6 +144,8 @@ class ModelConfig:
     """Layer pattern, repeated over the depth, of names in slm.models.mixers: mechanisms (MIXERS), such as
     `window window softmax`, or patterns that production uses (HYBRIDS), such as `qwen3_next`."""
     mixer: MixerConfig = field(default_factory=MixerConfig)
+    causal: bool = True
+    """Tokens see only those before them; False: both sides (softmax mixers only): an encoder, which cannot generate."""
     position: Literal["rope", "learned", "none"] = "rope"
     """How positions enter: rotary (Su et al. 2021), a learned table (GPT-2), or not at all."""
     rope: RopeConfig = field(default_factory=RopeConfig)
@@ -160,22 +162,57 @@ class ModelConfig:
     """Key/value heads of each layer, where they differ; empty: `kv_heads` in all."""
     layer_mlp_widths: tuple[int, ...] = ()
     """Hidden size of each layer's feed-forward, where they differ; empty: `mlp_width` in all."""
-    norm: Literal["rmsnorm", "zero_centered_rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation of layers and after the last block; zero-centred: times 1 + scale (Gemma)."""
-    residual: Literal["pre", "sandwich", "parallel", "parallel_shared"] = "pre"
+    feedforwards: int = 1
+    """Feed-forward networks in one block, one after the other, where there is a bottleneck."""
+    bottleneck: int | None = None
+    """Size of the stream inside a block, narrower than `width` (MobileBERT); None: width."""
+    norm: Literal["rmsnorm", "zero_centered_rmsnorm", "layernorm", "affine"] = "rmsnorm"
+    """Normalisation of layers and after the last block; zero-centred: times 1 + scale (Gemma); affine: none, only a
+    learned scale and bias (MobileBERT)."""
+    residual: Literal["pre", "sandwich", "parallel", "parallel_shared", "post"] = "pre"
     """pre: x + f(norm x), attention, then feed-forward; sandwich: x + norm(f(norm x)) (Gemma 2); parallel: both read
-    the same x through norms of their own (GPT-NeoX), or through one (Phi-2)."""
+    the same x through norms of their own (GPT-NeoX), or through one (Phi-2); post: norm(x + f(x)), and no norm after
+    the last block (BERT)."""
+    first_norm: bool = True
+    """Norm in front of the first layer's mixer; False where embeddings are normed already (ModernBERT)."""
+    shared_layers: bool = False
+    """One set of parameters for all repeats of the layer pattern (ALBERT)."""
     residual_scale: float = 1.0
     """Multiplier of what each layer adds to the residual stream (Granite)."""
     embedding_scale: float = 1.0
     """Multiplier of embeddings (Gemma: root of width; Granite)."""
+    embedding_norm: bool = False
+    """Norm the embeddings before the first layer (BERT)."""
+    embedding_width: int | None = None
+    """Size of embeddings, which a projection brings to `width` (ALBERT); None: width."""
+    trigrams: bool = False
+    """The projection to `width` reads embeddings of a token and of both its neighbours, whatever document they are of,
+    and positions and token types are added behind it (MobileBERT)."""
+    wide_readout: bool = False
+    """Where embeddings are narrower than `width`, the tied output projection gets rows of its own (MobileBERT); False:
+    the head narrows hidden states (ALBERT)."""
+    token_types: int = 0
+    """Rows of a table of token types, such as first and second sentence (BERT); 0: none."""
+    head: Literal["lm", "masked_lm", "sequence", "token", "embedding"] = "lm"
+    """What the model answers: logits of the next token, or of hidden tokens (BERT); labels of a sequence or of each
+    token; one vector for a sequence."""
+    labels: int = 0
+    """Labels that a sequence or token head tells apart."""
+    pooling: Literal["first", "mean"] = "first"
+    """What stands for a sequence before its head: the first token, or the mean of all."""
+    head_activation: Literal["none", "tanh", "relu", "gelu", "gelu_erf"] = "none"
+    """Activation of a dense layer in front of the head (BERT's pooler: tanh); none: no such layer."""
+    head_norm: bool = False
+    """Norm behind that layer."""
+    unit_length: bool = False
+    """Vectors of an embedding head have length one (sentence-transformers)."""
     logit_divisor: float = 1.0
     """Divides the output logits (Granite)."""
     norm_eps: float = 1e-6
     """Added to the variance inside a norm."""
-    bias: tuple[Literal["qkv", "out", "mlp", "norm", "head", "recurrent"], ...] = ()
-    """What has biases: projections into a mixer, out of it, the feed-forward's, LayerNorm, the output projection; for
-    rglru, recurrent instead of qkv, and its convolution too (RecurrentGemma).
+    bias: tuple[Literal["qkv", "out", "mlp", "norm", "head", "head_dense", "recurrent"], ...] = ()
+    """What has biases: projections into a mixer, out of it, the feed-forward's, LayerNorm, the output projection, the
+    dense layer in front of the head; for rglru, recurrent instead of qkv, and its convolution too (RecurrentGemma).
     GPT-2: `qkv out mlp norm`; Qwen 2: `qkv`."""
     tied: bool = True
     """Share the embedding matrix with the output projection."""
@@ -215,6 +252,8 @@ class DataConfig:
     """Tokens in one training sequence (T)."""
     validation_length: int | None = None
     """Tokens in one validation sequence; longer than in training, it tests extrapolation; None: sequence_length."""
+    mask_fraction: float = 0.15
+    """Share of tokens that model.head = masked_lm is asked for: 80 % of them hidden, 10 % replaced, 10 % left."""
     packing: Literal["documents", "stream"] = "documents"
     """`documents`: attention and positions stop at document boundaries; `stream`: one endless text."""
     cache: str | None = None

@@ -119,7 +119,7 @@ def test_what_no_family_has_is_refused(tmp_path):
 
 def test_every_family_has_a_case():
     cases = {json.loads((ORACLE / f"{name}.json").read_text())["config"]["model_type"] for name in CASES}
-    assert cases == set(FAMILIES)
+    assert cases == {name for name, family in FAMILIES.items() if not family.architecture.endswith("MaskedLM")}
 
 
 def test_the_old_layout_of_rotary_settings_reads_like_the_new_one(tmp_path):

@@ -44,6 +44,8 @@ class Tokenizer:
         """The token put at the start of each document; None if this tokenizer has nothing that could serve."""
         self.end_of_text: int | None = vocabulary.get(self.end_of_text_token)
         """Its id."""
+        self.mask: int | None = vocabulary.get("[MASK]", vocabulary.get("<mask>"))
+        """Id of the token that hides others from a masked language model; None if this tokenizer has none."""
         self._json = backend.to_str()
         self.fingerprint: str = digest(self._json)
         """Changes when any id may change."""

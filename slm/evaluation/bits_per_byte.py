@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from slm.errors import ConfigError, DataError
+from slm.models.heads import check_next_token
 from slm.models.language_model import LanguageModel
 from slm.training.step import make_eval_step
 
@@ -128,12 +129,14 @@ def evaluate(
 
 
 def check_sizes(model: LanguageModel, batch_size: int, sequence_length: int | None) -> None:
-    """Raises ConfigError if a size is below 1 or the windows are longer than the model's learned positions."""
+    """Raises ConfigError if a size is below 1, the windows are longer than the model's learned positions, or it does
+    not predict the next token."""
     if batch_size < 1:
         raise ConfigError(f"batch_size = {batch_size}: must be at least 1")
     if sequence_length is not None and sequence_length < 1:
         raise ConfigError(f"sequence_length = {sequence_length}: must be at least 1")
     cfg = model.config.model
+    check_next_token(cfg)
     if sequence_length is not None and cfg.position == "learned" and sequence_length > cfg.max_length:
         raise ConfigError(
             f"sequence_length = {sequence_length}: this model has {cfg.max_length} learned positions, and no more fit"

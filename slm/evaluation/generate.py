@@ -10,6 +10,7 @@ import numpy as np
 
 from slm.errors import ConfigError
 from slm.evaluation.sampling import Sampling, make_sampling, sample
+from slm.models.heads import check_next_token
 from slm.models.language_model import LanguageModel
 from slm.models.transformer import Transformer
 
@@ -48,9 +49,10 @@ def generate(
       The continuation without the prompt: str for a str, a list for a list.
 
     Raises:
-      ConfigError: a setting is out of range, or learned positions do not reach so far.
+      ConfigError: a setting is out of range, learned positions do not reach so far, or the model is no decoder.
       DataError: a prompt is not valid Unicode.
     """
+    check_next_token(model.config.model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     tokenizer = model.tokenizer
     start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
@@ -98,6 +100,7 @@ def generate_tokens(
 
     Raises ConfigError if max_new_tokens is less than 1 or learned positions do not reach so far.
     """
+    check_next_token(transformer.cfg)
     if not prompts:
         return []
     _check_length(transformer, max(map(len, prompts)), max_new_tokens)

@@ -48,8 +48,16 @@ def _activation(table: dict[str, str], name: str) -> str:
 
 def activation(cfg: ModelConfig) -> str:
     """Their name of the activation of cfg.mlp."""
-    table = _GATED if cfg.mlp in GATED else _PLAIN
-    return next(theirs for theirs, ours in table.items() if ours == cfg.mlp)
+    return _named(_GATED if cfg.mlp in GATED else _PLAIN, cfg.mlp)
+
+
+def plain_name(activation: str) -> str:
+    """Inverse of `plain`."""
+    return _named(_PLAIN, activation)
+
+
+def _named(table: dict[str, str], name: str) -> str:
+    return next(theirs for theirs, ours in table.items() if ours == name)
 
 
 def read_rope(hf: dict, theta: float = 10_000.0, layer_type: str | None = None) -> RopeConfig:

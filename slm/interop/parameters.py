@@ -15,7 +15,7 @@ from slm.interop.families.family import Names
 from slm.interop.layout import Link
 from slm.models.counts import abstract_parameters
 from slm.models.mixers import Layer
-from slm.models.transformer import Transformer
+from slm.models.transformer import GROUPS, Transformer
 
 
 class Tensors(Protocol):
@@ -64,16 +64,17 @@ def bind(cfg: ModelConfig, names: Names) -> list[Bound]:
         for place in one.places:
             served[place.path] = served.get(place.path, 0) + 1
     for path, leaf in tree.items():
-        wanted = leaf.shape[0] if path.startswith(("blocks/", "tail/")) else 1
+        wanted = leaf.shape[0] if path.split("/")[0] in GROUPS else 1
         if served.get(path, 0) != wanted:
             raise CheckpointError(f"this family has no place for the parameter '{path}'")
     return bound
 
 
 def _places(cfg: ModelConfig) -> Iterator[tuple[Layer, str, int]]:
-    """(layer, path of its block, index on the stacked axis) in order of depth."""
-    for group, (pattern, repeats) in Transformer(cfg).groups.items():
-        for at in range(repeats):
+    """(layer, path of its block, index on the stacked axis) in order of depth; of shared layers, each set once."""
+    transformer = Transformer(cfg)
+    for group, (pattern, repeats) in transformer.groups.items():
+        for at in range(transformer.stored(repeats)):
             for i, layer in enumerate(pattern):
                 yield layer, f"{group}/{i}/", at
 

@@ -13,10 +13,12 @@ import numpy as np
 
 from slm.config import DataConfig, Experiment, MixerConfig, ModelConfig, check, flatten, override
 from slm.errors import CheckpointError, ConfigError
+from slm.interop import sentences
 from slm.interop.families import FAMILIES, family_of
 from slm.interop.families.family import Family, Names
+from slm.interop.families.heads import SETTINGS
 from slm.interop.gguf_file import open_gguf
-from slm.interop.parameters import Tensors, bind, check_tensors, read_parameters, tensors_of
+from slm.interop.parameters import Bound, Tensors, bind, check_tensors, read_parameters, tensors_of
 from slm.interop.tensors import TensorFolder, read_json, write_shards
 from slm.models.language_model import LanguageModel, Origin
 from slm.models.layers import mlp_width
@@ -25,7 +27,7 @@ from slm.models.mixers import head_dim, layers
 CONFIG, GENERATION = "config.json", "generation_config.json"
 COMPANIONS = (
     GENERATION, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", *sentences.FILES,
 )  # fmt: skip
 """Files of a folder that travel with a model that is loaded from it and saved again."""
 SHARD_BYTES = 5 * 10**9
@@ -38,7 +40,9 @@ def from_pretrained(
 ) -> LanguageModel:
     """The model in a Hugging Face folder (config.json, safetensors, tokenizer.json) or a GGUF file.
 
-    Weights are read one by one; no second copy of the model exists at any time.
+    Weights are read one by one; no second copy of the model exists at any time. The head is that of the class in
+    `architectures`; tensors of a head that this class does not have are left out. An encoder without a head gives
+    embeddings: as a folder of sentence-transformers says, else means over the tokens, of length one.
 
     Args:
       path: the folder; or a GGUF file; or a name on the Hub, such as HuggingFaceTB/SmolLM2-135M, where there is a
@@ -58,6 +62,8 @@ def from_pretrained(
     folder = local_folder(path)
     hf = read_json(folder / CONFIG)
     family = family_of(hf)
+    if SETTINGS not in hf and (settings := sentences.sentence_settings(folder)):
+        hf[SETTINGS] = settings
     with TensorFolder(folder) as tensors:
         cfg, params = _read(family, hf, folder, tensors, dtype, place)
         stored = str(tensors.dtype(tensors.names()[0]))
@@ -82,10 +88,10 @@ def _read(family: Family, hf: dict, source: Path, tensors: Tensors, dtype: Any, 
     """(config, parameters), after all that can be wrong has been looked at."""
     cfg = read_config(family, hf, source)
     # Before anything is made for each layer: the config may ask for millions.
-    if cfg.model.layers > len(tensors.names()):
+    if cfg.model.layers > max(len(tensors.names()), 200 if cfg.model.shared_layers else 0):
         raise CheckpointError(f"{source}: {cfg.model.layers} layers in {CONFIG}, {len(tensors.names())} tensors")
     names = bare(family.names, tensors.names())
-    bound = bind(cfg.model, names)
+    bound = renamed(bind(cfg.model, names), tensors.names())
     check_tensors(bound, tensors, names, cfg.model.tied)
     return cfg, read_parameters(cfg.model, bound, tensors, dtype, place or (lambda path, array: jnp.asarray(array)))
 
@@ -113,6 +119,19 @@ def bare(names: Names, found: list[str]) -> Names:
         return names
     outside = tuple(link._replace(theirs=link.theirs.removeprefix(first)) for link in names.outside)
     return dataclasses.replace(names, layers=names.layers.removeprefix(first), outside=outside)
+
+
+def renamed(bound: list[Bound], found: list[str]) -> list[Bound]:
+    """`bound` with the names that old files have for the parameters of LayerNorm."""
+
+    def old(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    there = set(found)
+    return [
+        one._replace(theirs=old(one.theirs)) if one.theirs not in there and old(one.theirs) in there else one
+        for one in bound
+    ]
 
 
 def save_pretrained(
@@ -143,11 +162,14 @@ def save_pretrained(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        bound = bind(model.config.model, family.names)
+        # A model without a head is saved bare, as transformers does.
+        names = bare(family.names, []) if model.config.model.head == "embedding" else family.names
+        bound = bind(model.config.model, names)
         write_shards(folder, tensors_of(model.params, bound, stored), shard_bytes)
         (folder / CONFIG).write_text(json.dumps(hf, indent=2) + "\n")
         for name, source in (model.origin.files if model.origin else {}).items():
             if Path(source).resolve() != (folder / name).resolve():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, folder / name)
         for name, text in (model.origin.texts if model.origin else {}).items():
             (folder / name).write_text(text)
@@ -178,6 +200,8 @@ def describe(model: LanguageModel) -> tuple[Family, dict]:
             kept = {
                 k: v for k, v in origin.config.items() if k not in ("rope_parameters", "rope_scaling", "rope_theta")
             }
+            if len(kept.get("id2label") or ()) == cfg.labels:  # names of labels are worth keeping
+                written = {k: v for k, v in written.items() if k not in ("id2label", "label2id")}
             return family, kept | written
     for family in FAMILIES.values():
         written = _written(family, cfg)
@@ -189,7 +213,7 @@ def describe(model: LanguageModel) -> tuple[Family, dict]:
             return family, {"max_position_embeddings": longest} | written | ids
     raise ConfigError(
         f"no Hugging Face family has this model's architecture ({' '.join(cfg.attention)}, {cfg.norm}, {cfg.mlp}, "
-        f"position = {cfg.position}); families: {', '.join(FAMILIES)}"
+        f"position = {cfg.position}, head = {cfg.head}); families: {', '.join(FAMILIES)}"
     )
 
 

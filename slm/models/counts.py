@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from slm.attention import state_bytes
 from slm.config import ModelConfig
 from slm.errors import ConfigError
+from slm.models.heads import OVER_TOKENS
 from slm.models.layers import mlp_width
-from slm.models.transformer import Transformer
+from slm.models.transformer import GROUPS, Transformer
 
 
 def abstract_parameters(cfg: ModelConfig) -> dict:
@@ -25,8 +26,8 @@ def parameter_counts(cfg: ModelConfig) -> dict[str, int]:
     sizes = {name: sum(a.size for a in jax.tree.leaves(part)) for name, part in abstract_parameters(cfg).items()}
     counts = {
         "embedding": sizes["embed"],
-        "blocks": sizes["blocks"] + sizes.get("tail", 0),
-        "final_norm": sizes["final_norm"],
+        "blocks": sum(sizes.get(group, 0) for group in GROUPS),
+        "final_norm": sizes.get("final_norm", 0),
         "head": sizes.get("head", 0),
     }
     return counts | {"total": sum(counts.values())}
@@ -37,25 +38,35 @@ def flops_per_token(cfg: ModelConfig, length: int) -> dict[str, float]:
     is not counted).
 
     Two for each weight of each matrix product, the output projection included and the embedding lookup not, plus what
-    the mixers state for themselves; causal attention counts only the keys that a query sees, half of the square. This
-    is the count that MFU is computed from.
+    the mixers state for themselves; causal attention counts only the keys that a query sees, half of the square. What
+    a head computes once for a sequence is not counted. This is the count that MFU is computed from.
     """
-    params = abstract_parameters(cfg)
-    matrices = 0
-    for group in ("blocks", "tail"):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params.get(group, {})):
-            matrices += leaf.size if path[-1].key == "kernel" else 0
-    mixing = sum(
-        repeats * layer.mixer.flops_per_token(layer.configured, length)
-        for pattern, repeats in Transformer(cfg).groups.values()
-        for layer in pattern
-    )
-    forward = 2 * matrices + 2 * cfg.width * cfg.vocab_size + mixing
+    params, transformer = abstract_parameters(cfg), Transformer(cfg)
+    matrices = mixing = 0
+    for group, (pattern, repeats) in transformer.groups.items():
+        # Shared layers are stored once and computed often.
+        matrices += _matrices(params[group]) * repeats // transformer.stored(repeats)
+        mixing += sum(repeats * layer.mixer.flops_per_token(layer.configured, length) for layer in pattern)
+    matrices += _matrices(params["embed"])
+    if cfg.head in OVER_TOKENS:
+        matrices += _matrices(params.get("head", {}).get("transform", {}))
+        matrices += math.prod(jax.eval_shape(transformer.unembedding, params).shape)
+    elif cfg.head == "token":
+        matrices += _matrices(params["head"])
+    forward = 2 * matrices + mixing
     return {"forward": forward, "train": 3 * forward}
 
 
+def _matrices(params) -> int:
+    """Numbers in matrices called `kernel`."""
+    return sum(leaf.size for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel")
+
+
 def cache_bytes(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.bfloat16) -> int:
-    """Bytes that decoding `batch` sequences of at most `length` tokens carries between tokens, in the stored dtypes."""
+    """Bytes that decoding `batch` sequences of at most `length` tokens carries between tokens, in the stored dtypes; 0
+    for an encoder."""
+    if not cfg.causal:
+        return 0
     cache = jax.eval_shape(lambda: Transformer(cfg).init_cache(batch, length, dtype))
     return state_bytes(cache)
 

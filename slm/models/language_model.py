@@ -67,22 +67,28 @@ class LanguageModel:
 
 
 def logits(model: LanguageModel, tokens, attention_mask=None, token_type_ids=None):
-    """Next-token logits.
+    """What a model answers: by its head, logits over the vocabulary, labels, or embeddings.
 
     Args:
-      model: a language model.
+      model: a decoder or an encoder.
       tokens: (B, T) integers.
       attention_mask: (B, T), 1 for tokens and 0 for padding, which no token sees; positions count tokens only. The
         tokens of a row follow each other: padding stands before or after them.
-      token_type_ids: encoders only; raises ValueError for a decoder.
+      token_type_ids: (B, T), such as 0 for the first sentence and 1 for the second; None: 0.
 
     Returns:
-      (B, T, vocab) float32.
+      float32: (B, T, vocab) of the next token, or of the token itself for model.head = masked_lm; (B, labels) for
+      sequence, (B, T, labels) for token, (B, D) for embedding. What stands at padding means nothing.
+
+    Raises:
+      ValueError: token types for a model that has none, or more tokens than learned positions.
     """
-    if token_type_ids is not None:
-        raise ValueError("token_type_ids: this model is a decoder and has no token types")
     tokens = jnp.asarray(tokens, jnp.int32)
     m = model.config.model
+    if token_type_ids is not None:
+        if not m.token_types:
+            raise ValueError("token_type_ids: this model has no token types (model.token_types = 0)")
+        token_type_ids = jnp.asarray(token_type_ids, jnp.int32)
     if m.position == "learned" and tokens.shape[1] > m.max_length:
         raise ValueError(f"{tokens.shape[1]} tokens exceed the {m.max_length} learned positions of this model")
     segment_ids = positions = None
@@ -90,5 +96,7 @@ def logits(model: LanguageModel, tokens, attention_mask=None, token_type_ids=Non
         segment_ids = jnp.asarray(attention_mask, jnp.int32)
         positions = jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
     transformer = model.transformer
-    hidden, _ = transformer.hidden(model.params, tokens, segment_ids=segment_ids, positions=positions)
-    return transformer.logits(model.params, hidden)
+    hidden, _ = transformer.hidden(
+        model.params, tokens, segment_ids=segment_ids, positions=positions, token_types=token_type_ids
+    )
+    return transformer.answer(model.params, hidden, segment_ids)

@@ -69,7 +69,20 @@ def norm(name: str, cfg: ModelConfig, dtype: Any) -> nn.Module:
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016); statistics in float32."""
     if cfg.norm == "layernorm":
         return nn.LayerNorm(epsilon=cfg.norm_eps, use_bias="norm" in cfg.bias, dtype=dtype, name=name)
+    if cfg.norm == "affine":
+        return Affine(dtype, name=name)
     return rms_norm(name, cfg, dtype)
+
+
+class Affine(nn.Module):
+    """x * scale + bias: what MobileBERT has in place of norms."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(self.dtype)
+        return x * scale + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(self.dtype)
 
 
 def rms_norm(name: str, cfg: ModelConfig, dtype: Any) -> nn.Module:

@@ -1,8 +1,9 @@
-"""The decoder: a function of (parameters, tokens), with layers stacked and scanned.
+"""Decoders and encoders: a function of (parameters, tokens), with layers stacked and scanned.
 
-Parameters: {"embed": {"embedding" (V, D)[, "position"]}, "blocks": {"0": ..., "1": ...}, "final_norm": ...[, "head"]}.
-`blocks/i` holds layer i of the pattern, stacked over the repeats of the pattern on a leading axis; layers that do not
-fill a whole period stand in `tail/i`, stacked with length 1. Scanning, unrolling and remat read the same tree.
+Parameters: {"embed": {"embedding" (V, D), ...}, "blocks": {"0": ..., "1": ...}[, "final_norm"][, "head"]}.
+`blocks/i` holds layer i of the pattern, stacked over the repeats of the pattern on a leading axis (of length 1 where
+the repeats share their parameters); layers that do not fill a whole period stand in `tail/i`, and a first layer unlike
+the others in `first/0`, stacked with length 1. Scanning, unrolling and remat read the same tree.
 """
 
 import dataclasses
@@ -11,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from slm.attention.forget import document_starts
 from slm.config import ModelConfig
 from slm.errors import ConfigError
-from slm.models.blocks import Block
-from slm.models.layers import lookup, norm
+from slm.models.blocks import block
+from slm.models.embedding import embed, init_embedding
+from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
+from slm.models.layers import norm
 from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
 from slm.models.rope import rope_tables
 
@@ -31,13 +33,15 @@ REMAT = {
     "full": _policies.nothing_saveable,
 }
 """Name in `model.remat` to what the forward pass keeps for the backward pass."""
+GROUPS = ("first", "blocks", "tail")
+"""Names of the groups of stacked layers in the parameter tree, in order of depth."""
 
 
 @dataclass(frozen=True)
 class Transformer:
-    """A decoder-only transformer.
+    """A decoder, or an encoder where `cfg.causal` is False.
 
-    Raises ConfigError where `cfg.attention` names no mixer.
+    Raises ConfigError where `cfg.attention` names no mixer, or settings contradict each other.
     """
 
     cfg: ModelConfig
@@ -49,6 +53,7 @@ class Transformer:
 
     def __post_init__(self):
         check_mechanisms(self.cfg)
+        check_head(self.cfg)
         if not self.cfg.vocab_size:
             raise ConfigError("model.vocab_size = 0: set it, or give a tokenizer whose size it can take")
         if self.cfg.position == "learned" and not self.cfg.max_length:
@@ -58,14 +63,21 @@ class Transformer:
     def groups(self) -> dict[str, tuple[tuple[Layer, ...], int]]:
         """Group name to (pattern of layers, repeats), in order of depth. Where layers differ in size, the pattern is
         as long as the model is deep."""
-        every = layers(self.cfg)
+        every, groups = layers(self.cfg), {}
+        if not self.cfg.first_norm and len(every) > 1:
+            # Apart, so that the others, which have that norm, can be stacked.
+            groups["first"], every = (tuple(every[:1]), 1), every[1:]
         period = min(len(layer_pattern(self.cfg)), len(every))
         if any(layer != every[i % period] for i, layer in enumerate(every)):
             period = len(every)
         pattern = tuple(every[:period])
         repeats, rest = divmod(len(every), period)
-        groups = {"blocks": (pattern, repeats)}
+        groups["blocks"] = (pattern, repeats)
         return groups | ({"tail": (pattern[:rest], 1)} if rest else {})
+
+    def stored(self, repeats: int) -> int:
+        """Sets of parameters that `repeats` of a pattern have."""
+        return 1 if self.cfg.shared_layers else repeats
 
     def init(self, key: jax.Array) -> dict:
         """Random float32 parameters from one key."""
@@ -74,29 +86,25 @@ class Transformer:
         x_BxTxD = jnp.zeros((1, 1, cfg.width))
         context = self._context(jnp.zeros((1, 1), jnp.int32), None)
         keys, depth = iter(jax.random.split(key, cfg.layers + 3)), 0
-        normal = nn.initializers.normal(cfg.init_std)
-        params = {"embed": {"embedding": normal(next(keys), (cfg.vocab_size, cfg.width))}}
-        if cfg.position == "learned":
-            params["embed"]["position"] = normal(next(keys), (cfg.max_length, cfg.width))
+        one = next(keys)
+        params = {"embed": init_embedding(cfg, one, next(keys) if cfg.position == "learned" else one)}
         for group, (pattern, repeats) in self.groups.items():
             params[group] = {}
             for i, layer in enumerate(pattern):
-                block = Block(any_backend(layer.cfg), layer.mechanism, jnp.float32)
-                depths = depth + i + len(pattern) * jnp.arange(repeats)
+                module = block(any_backend(layer.cfg), layer.mechanism, jnp.float32)
+                depths = depth + i + len(pattern) * jnp.arange(self.stored(repeats))
 
-                def one(key, depth, block=block):
-                    return block.init(key, x_BxTxD, context.replace(layer=depth))["params"]
+                def one(key, depth, module=module):
+                    return module.init(key, x_BxTxD, context.replace(layer=depth))["params"]
 
-                params[group][str(i)] = jax.vmap(one)(jax.random.split(next(keys), repeats), depths)
+                params[group][str(i)] = jax.vmap(one)(jax.random.split(next(keys), len(depths)), depths)
             depth += len(pattern) * repeats
-        params["final_norm"] = self._norm().init(key, x_BxTxD)["params"]
-        if not cfg.tied:
-            params["head"] = {"kernel": normal(next(keys), (cfg.width, cfg.vocab_size))}
-        if "head" in cfg.bias:
-            params["head"] = params.get("head", {}) | {"bias": jnp.zeros(cfg.vocab_size)}
-        return params
+        if cfg.residual != "post":
+            params["final_norm"] = self._norm().init(key, x_BxTxD)["params"]
+        head = init_head(cfg, next(keys))
+        return params | ({"head": head} if head else {})
 
-    def hidden(self, params, tokens, *, segment_ids=None, positions=None, cache=None):
+    def hidden(self, params, tokens, *, segment_ids=None, positions=None, token_types=None, cache=None):
         """Final hidden states.
 
         Args:
@@ -104,29 +112,27 @@ class Transformer:
           tokens: (B, T) int32.
           segment_ids: (B, T) int32: tokens see only their own segment; None: one segment.
           positions: (B, T) int32; None: from 0 at the first token of each segment. With a cache, -1 marks padding.
+          token_types: (B, T) int32 below cfg.token_types; None: 0.
           cache: None, or the tree of `init_cache`, which is read and extended.
 
         Returns:
           (hidden (B, T, D) after the last norm, new cache or None).
         """
-        cfg = self.cfg
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             if segment_ids is not None:
                 positions -= document_starts(segment_ids)
         context = self._context(positions, segment_ids)
-        x = lookup(params["embed"]["embedding"].astype(self.dtype), tokens)
-        if cfg.embedding_scale != 1:
-            x *= jnp.asarray(cfg.embedding_scale, self.dtype)
-        if cfg.position == "learned":
-            x += lookup(params["embed"]["position"].astype(self.dtype), positions)
+        x = embed(self.cfg, params["embed"], tokens, positions, token_types, self.dtype)
         new_cache, depth = {}, 0
         for group, (pattern, repeats) in self.groups.items():
             group_cache = None if cache is None else cache[group]
             depths = depth + len(pattern) * jnp.arange(repeats)
             x, new_cache[group] = self._run(pattern, params[group], x, context, depths, group_cache)
             depth += len(pattern) * repeats
-        x = self._norm().apply({"params": params["final_norm"]}, self.constrain(x))
+        x = self.constrain(x)
+        if self.cfg.residual != "post":
+            x = self._norm().apply({"params": params["final_norm"]}, x)
         return x, None if cache is None else new_cache
 
     def _run(self, pattern, params, x, context, depths, cache):
@@ -136,41 +142,50 @@ class Transformer:
             period_params, first, period_cache = one
             new_cache = {}
             for i, layer in enumerate(pattern):
-                block = Block(layer.cfg, layer.mechanism, self.dtype)
+                module = block(layer.cfg, layer.mechanism, self.dtype)
                 old = None if period_cache is None else period_cache[str(i)]
                 rope = context.local_rope if layer.local else context.rope
                 here = context.replace(layer=first + i, rope=rope, local_rope=None)
-                x, new_cache[str(i)] = block.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
+                x, new_cache[str(i)] = module.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
             return x, None if period_cache is None else new_cache
 
         if self.cfg.remat != "none" and cache is None:
             # CSE cannot undo the recomputation across iterations of a scan, so its guard is only needed unrolled.
             period = jax.checkpoint(period, policy=REMAT[self.cfg.remat], prevent_cse=not self.cfg.scan)
+        if self.cfg.shared_layers:
+            only = jax.tree.map(lambda a: a[0], params)
+            body, stacked = lambda x, one: period(x, (only, *one)), (depths, cache)
+        else:
+            body, stacked = period, (params, depths, cache)
         if self.cfg.scan:
-            return jax.lax.scan(period, x, (params, depths, cache))
+            return jax.lax.scan(body, x, stacked)
         news = []
-        for one in _unstack((params, depths, cache)):
-            x, new = period(x, one)
+        for one in _unstack(stacked):
+            x, new = body(x, one)
             news.append(new)
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *news)
 
     def unembedding(self, params) -> jax.Array:
-        """(D, V) matrix from hidden states to logits."""
-        return params["embed"]["embedding"].T if self.cfg.tied else params["head"]["kernel"]
+        """(D, V) matrix from hidden states, or (E, V) from those that a masked LM has transformed, to logits."""
+        if has_kernel(self.cfg):
+            return params["head"]["kernel"]
+        columns = params["embed"]["embedding"].T
+        return jnp.concatenate([columns, params["head"]["rest"]["kernel"]]) if has_rest(self.cfg) else columns
 
     def readout(self, params, hidden) -> tuple[jax.Array, jax.Array]:
         """(hidden (..., D'), matrix (D', V)) whose product is the logits before the soft cap, for losses that never
         hold all of them. D' is D, or D + 1 with a bias."""
-        kernel = self.unembedding(params)
+        kernel, hidden = self.unembedding(params), self._transformed(params, hidden)
         if self.cfg.logit_divisor != 1:
             hidden = hidden / self.cfg.logit_divisor
-        if "head" in self.cfg.bias:
+        if has_bias(self.cfg):
             hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], -1)
             kernel = jnp.concatenate([kernel, params["head"]["bias"].astype(kernel.dtype)[None]], 0)
         return hidden, kernel
 
     def logits(self, params, hidden) -> jax.Array:
         """float32 (..., V) from hidden (..., D), soft-capped if the config says so."""
+        hidden = self._transformed(params, hidden)
         kernel = self.unembedding(params).astype(hidden.dtype)
         if self.cfg.tied and hidden.ndim == 2:
             # A decode step has few rows. XLA:CPU computes embedding x hidden at memory speed and hidden x embedding^T
@@ -181,12 +196,26 @@ class Transformer:
             logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
         if self.cfg.logit_divisor != 1:
             logits /= self.cfg.logit_divisor
-        if "head" in self.cfg.bias:
+        if has_bias(self.cfg):
             logits += params["head"]["bias"].astype(jnp.float32)
         return softcap(logits, self.cfg.logit_softcap)
 
+    def _transformed(self, params, hidden):
+        return transform(self.cfg, params.get("head", {}), hidden, self.dtype)
+
+    def answer(self, params, hidden, mask=None) -> jax.Array:
+        """What cfg.head says of hidden (B, T, D) with padding where mask (B, T) is 0, float32: (B, T, V), (B, labels),
+        (B, T, labels) or (B, D)."""
+        if self.cfg.head in OVER_TOKENS:
+            return self.logits(params, hidden)
+        return answer(self.cfg, params.get("head", {}), hidden, mask, self.dtype)
+
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict:
-        """Empty decode cache for `batch` sequences of at most `length` tokens."""
+        """Empty decode cache for `batch` sequences of at most `length` tokens. Raises ConfigError for an encoder."""
+        if not self.cfg.causal:
+            raise ConfigError(
+                "model.causal = false: an encoder has no decode cache and cannot generate; use slm.logits"
+            )
         cache = {}
         for group, (pattern, repeats) in self.groups.items():
             one = {

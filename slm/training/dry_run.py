@@ -21,7 +21,7 @@ def dry_run(cfg: Experiment, devices: int) -> Plan:
 
     Raises ConfigError if the mesh does not divide, or the vocabulary can only be known from the data.
     """
-    cfg = filled_in(cfg, cfg.model.vocab_size or _vocabulary(cfg.data.tokenizer))
+    cfg = filled_in(cfg, cfg.model.vocab_size or _vocabulary(cfg))
     if devices < 1:
         raise ConfigError(f"--devices {devices}: must be at least 1")
     _pretend(devices)
@@ -43,12 +43,14 @@ def _pretend(devices: int) -> None:
         )
 
 
-def _vocabulary(spec: str) -> int:
-    """Size of the tokenizer that `spec` names."""
+def _vocabulary(cfg: Experiment) -> int:
+    """Size of the tokenizer that data.tokenizer names, and of a mask token if it needs one of its own."""
     from slm.data.tokenizers import build_tokenizer, depends_on_documents
 
+    spec, hides = cfg.data.tokenizer, cfg.model.head == "masked_lm"
     if spec.startswith("bpe:") and spec.removeprefix("bpe:").isdecimal():
-        return int(spec.removeprefix("bpe:"))
+        return int(spec.removeprefix("bpe:")) + hides
     if depends_on_documents(spec):
         raise ConfigError(f"--dry-run reads no data, and data.tokenizer = {spec} depends on it: set model.vocab_size")
-    return build_tokenizer(spec, lambda: iter(())).vocab_size
+    tokenizer = build_tokenizer(spec, lambda: iter(()))
+    return tokenizer.vocab_size + (hides and tokenizer.mask is None)

@@ -24,6 +24,7 @@ import numpy as np
 
 from slm.config import Experiment, check
 from slm.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from slm.models.heads import check_trains
 from slm.models.mixers import MIXERS, check_mechanisms, layer_pattern
 from slm.training import mesh as meshes
 from slm.training import precision, rules
@@ -72,6 +73,7 @@ def train(cfg: Experiment) -> Run:
 
     cfg = started_from(check(cfg))
     check_mechanisms(cfg.model)
+    check_trains(cfg.model)
     apart = [name for name in layer_pattern(cfg.model) if MIXERS[name].mixer.own_loss]
     if cfg.train.precision == "float16" and apart:
         raise ConfigError(
@@ -90,8 +92,10 @@ def train(cfg: Experiment) -> Run:
     mesh = meshes.make_mesh(cfg.mesh)
     meshes.check_mesh(mesh, cfg.model, cfg.train)
     data = open_data(cfg.data, cfg.seed)
-    cfg = filled_in(cfg, data.tokenizer.vocab_size)
+    hides = cfg.model.head == "masked_lm"
+    cfg = filled_in(cfg, data.tokenizer.vocab_size + (hides and data.tokenizer.mask is None))
     check_vocabulary(data.tokenizer, cfg.model.vocab_size)
+    masking_of(cfg, data)
     data.train_batch(0, cfg.train.batch_size, jax.process_index(), jax.process_count())
     program = build(cfg, mesh)
     resuming = resumable(cfg)
@@ -224,9 +228,20 @@ def _advice(checkpoints: Checkpoints) -> str:
     return f"{kept}{where}. Lower optim.learning_rate, lengthen optim.warmup_steps, or set optim.clip_norm{failed}"
 
 
+def masking_of(cfg: Experiment, data):
+    """The slm.data.masking.Masking of a run; None unless model.head = masked_lm. Raises ConfigError if it cannot be."""
+    from slm.data.masking import Masking
+
+    if cfg.model.head != "masked_lm":
+        return None
+    return Masking.create(cfg.data.mask_fraction, data.tokenizer, cfg.model.vocab_size, cfg.seed)
+
+
 def _evaluator(cfg: Experiment, plan: Plan, data) -> Callable[[TrainState], dict[str, float]]:
     """state -> validation metrics of the weights that would be shipped; {} if nothing is held out."""
     from slm.evaluation.bits_per_byte import evaluate_batches
+
+    masking = masking_of(cfg, data)
 
     def evaluate(state: TrainState) -> dict[str, float]:
         if data.validation is None:
@@ -238,6 +253,8 @@ def _evaluator(cfg: Experiment, plan: Plan, data) -> Callable[[TrainState], dict
             jax.process_index(),
             jax.process_count(),
         )
+        if masking is not None:
+            batches = map(masking.validation, batches)
         return evaluate_batches(
             plan.program.evaluate,
             plan.program.evaluation_params(state),
@@ -254,8 +271,12 @@ def _batches(cfg: Experiment, plan: Plan, data, start: int) -> Iterator[Iterator
     """Placed batches of the updates after `start`, made ahead in the background."""
     from slm.data.prefetch import prefetch
 
+    masking = masking_of(cfg, data)
+
     def local_rows(step: int) -> dict[str, np.ndarray]:
-        return data.train_batch(step, cfg.train.batch_size, jax.process_index(), jax.process_count())
+        batch = data.train_batch(step, cfg.train.batch_size, jax.process_index(), jax.process_count())
+        rows = len(batch["tokens"])
+        return batch if masking is None else masking.train(batch, step, rows * jax.process_index())
 
     with contextlib.closing(prefetch(local_rows, start, PREFETCH)) as batches:
         yield (meshes.place_batch(batch, plan.program.mesh) for batch in batches)

@@ -18,8 +18,10 @@ Rules = tuple[tuple[str, Any], ...]
 
 # A new kind of parameter that is not a matrix (a decay rate, a gate's offset, ...) gets its leaf name here, once.
 # Matrices need nothing: they are called `kernel`.
-_VECTORS = r"(.*/)?(scale|bias|decay|position|state|sink|mix|bonus|removal|replacement|skip|map|mixture)"
-_INSIDE = r"(blocks|tail)/\d+"
+_VECTORS = r"(.*/)?(scale|bias|decay|position|state|sink|mix|bonus|removal|replacement|skip|map|mixture|token_type)"
+_INSIDE = r"(first|blocks|tail)/\d+"
+# Beside the layers: a head's dense layer and classifier, the projection of narrow embeddings.
+_BESIDE = r"(head|embed)/\w+"
 # Small matrices whose outputs all heads read: split over heads they would have to be gathered.
 _SHARED = r"index_\w+|latent|query_latent|key_rope|\w+_down|low|\w+_mix|mix_low|compress_\w+/\w+"
 
@@ -34,7 +36,7 @@ DECAY: Rules = (
 MUON: Rules = (
     # Hidden matrices only (Jordan et al. 2024). A convolution's kernel is a stack of short filters, not one matrix.
     (rf"{_INSIDE}/(?!.*conv/)(.*/)?kernel", "muon"),
-    (rf"{_VECTORS}|(.*/)?embedding|.*conv/kernel|head/kernel", "adamw"),
+    (rf"{_VECTORS}|(.*/)?embedding|.*conv/kernel|head/kernel|{_BESIDE}/kernel", "adamw"),
 )
 """Which half of the Muon optimizer serves the parameter?"""
 
@@ -44,7 +46,7 @@ SHARDING: Rules = (
     # Row-parallel: inputs over `tensor`. The embedding is read as (V, D) and, when tied, used as the transpose of the
     # output projection: vocabulary over `tensor`, so that logits are split by vocabulary and not summed over devices.
     (rf"{_INSIDE}/(?!.*compress_)(.*/)?(out|down)/kernel|(.*/)?embedding", P("tensor", "fsdp")),
-    (rf"{_VECTORS}|.*conv/kernel|.*/({_SHARED})/kernel", P()),
+    (rf"{_VECTORS}|.*conv/kernel|.*/({_SHARED})/kernel|{_BESIDE}/kernel", P()),
 )
 """Mesh axes of the last dimensions (see slm.training.mesh); the leading stack axis is never sharded."""
 

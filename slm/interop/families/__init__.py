@@ -3,12 +3,12 @@
 import difflib
 
 from slm.errors import ConfigError
-from slm.interop.families import gemma, gpt, llama, openelm, phi, qwen, recurrent
+from slm.interop.families import bert, gemma, gpt, llama, mobilebert, modernbert, openelm, phi, qwen, recurrent
 from slm.interop.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for module in (llama, qwen, gemma, phi, gpt, recurrent, openelm)
+    for module in (llama, qwen, gemma, phi, gpt, recurrent, openelm, bert, modernbert, mobilebert)
     for family in module.FAMILIES
 }
 """In order of preference for a model that several could express."""

@@ -28,7 +28,7 @@ class Family:
 
     model_type: str
     architecture: str
-    """Name of the class in config.json's `architectures`."""
+    """Name of the class in config.json's `architectures`; of a family with several, `write` says which."""
     read: Callable[[dict], ModelConfig]
     """config.json -> ModelConfig. Raises ConfigError for what is not supported."""
     write: Callable[[ModelConfig], dict]

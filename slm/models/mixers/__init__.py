@@ -120,7 +120,11 @@ def layers(cfg: ModelConfig) -> list[Layer]:
     return [
         Layer(
             pattern[i % len(pattern)],
-            dataclasses.replace(whole, **{field: values[i] for field, values in own.items() if values}),
+            dataclasses.replace(
+                whole,
+                first_norm=whole.first_norm or i > 0,
+                **{field: values[i] for field, values in own.items() if values},
+            ),
         )
         for i in range(cfg.layers)
     ]
@@ -133,7 +137,8 @@ def mixer(name: str, cfg: ModelConfig, dtype: Any) -> Mixer:
 
 
 def check_mechanisms(cfg: ModelConfig) -> None:
-    """Raises ConfigError where cfg.attention names no mixer, or a switch is set that no layer has."""
+    """Raises ConfigError where cfg.attention names no mixer, a switch is set that no layer has, or layers cannot be
+    joined as the config asks."""
     for name in layer_pattern(cfg):
         if name in BIDIRECTIONAL:
             raise ConfigError(
@@ -144,6 +149,24 @@ def check_mechanisms(cfg: ModelConfig) -> None:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
             raise ConfigError(f"model.attention: no mechanism {name!r}: {hint}")
+        if not cfg.causal and not MIXERS[name].mixer.bidirectional:
+            both = [other for other, row in MIXERS.items() if row.mixer.bidirectional]
+            raise ConfigError(f"model.causal = false: layers of {name} see only the past; use {', '.join(both)}")
+    if not cfg.first_norm and cfg.residual == "post":
+        raise ConfigError("model.first_norm = false: no layer of model.residual = post has such a norm; leave it true")
+    other = [name for name in layer_pattern(cfg) if not issubclass(MIXERS[name].mixer, softmax.SoftmaxMixer)]
+    if cfg.bottleneck and (cfg.residual != "post" or other or cfg.mlp == "none"):
+        raise ConfigError(
+            f"model.bottleneck = {cfg.bottleneck} needs model.residual = post, a feed-forward, and softmax mixers"
+        )
+    if cfg.feedforwards > 1 and not cfg.bottleneck:
+        raise ConfigError(f"model.feedforwards = {cfg.feedforwards}: only blocks with model.bottleneck have several")
+    period = len(layer_pattern(cfg))
+    if cfg.shared_layers and (not cfg.first_norm or cfg.layers % period or len(set(layers(cfg))) > period):
+        raise ConfigError(
+            f"model.shared_layers: model.layers = {cfg.layers} must be a multiple of the {period} of model.attention, "
+            "and all repeats of equal sizes, with a norm in the first layer"
+        )
     rows = [MIXERS[name].defaults for name in layer_pattern(cfg)]
     for field in dataclasses.fields(MixerConfig):
         if getattr(cfg.mixer, field.name) is not None and all(getattr(row, field.name) is None for row in rows):

@@ -43,6 +43,8 @@ class Mixer(nn.Module):
     """With cfg.mixer filled in: None is left only where the mechanism does not have the switch."""
     dtype: Any
     """Compute dtype."""
+    bidirectional = False
+    """Whether it can see both sides (cfg.causal = False)."""
     own_loss = False
     """Whether it attaches a loss of its own to the backward pass, which no loss scaling reaches."""
 

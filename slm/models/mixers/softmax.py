@@ -54,18 +54,21 @@ class SoftmaxFamily(Mixer):
             return chosen
         extras = bool(segments or m.softcap or m.sinks or m.sink_logits or not cls.plain)
         shape = (1, length, cfg.heads, head_dim(cfg))
-        return choose_implementation(shape, dtype, window=m.window, extras=extras, platform=platform)
+        return choose_implementation(shape, dtype, causal=cfg.causal, window=m.window, extras=extras, platform=platform)
 
 
 class SoftmaxMixer(SoftmaxFamily):
     """Grouped-query softmax attention (Ainslie et al. 2023) with the switches of `SOFTMAX`."""
 
+    bidirectional = True
+
     @nn.compact
-    def __call__(self, x_BxTxD, context: Context, cache=None):
-        q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg))
+    def __call__(self, x_BxTxD, context: Context, cache=None, value_input=None):
+        q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg), value_input)
         see, ids = self.sight(), context.segment_ids
         if cache is None:
-            out = softmax_attention(q, k, v, segment_ids=ids, implementation=self.implementation(self.cfg), **see)
+            see |= {"causal": self.cfg.causal, "implementation": self.implementation(self.cfg)}
+            out = softmax_attention(q, k, v, segment_ids=ids, **see)
         else:
             out, cache = attend_and_store(q, k, v, context.positions, cache, **see)
         return finish(out, x_BxTxD, self.cfg, self.dtype), cache
@@ -81,18 +84,22 @@ class SoftmaxMixer(SoftmaxFamily):
     @classmethod
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:
         """q k^T and weights v over the keys that a query sees, mean over positions."""
-        return 4 * cfg.heads * head_dim(cfg) * mean_keys(length, cfg.mixer.window, cfg.mixer.sinks or 0)
+        keys = mean_keys(length, cfg.mixer.window, cfg.mixer.sinks or 0)
+        if not cfg.causal:
+            keys = mean_keys_both_sides(length, cfg.mixer.window)
+        return 4 * cfg.heads * head_dim(cfg) * keys
 
 
-def projections(x_BxTxD, cfg: ModelConfig, dtype: Any, context: Context, size: int):
-    """Normed and rotated queries (B, T, H, K) and keys (B, T, G, K), and values (B, T, G, K)."""
+def projections(x_BxTxD, cfg: ModelConfig, dtype: Any, context: Context, size: int, value_input=None):
+    """Normed and rotated queries (B, T, H, K) and keys (B, T, G, K), and values (B, T, G, K), which read x or
+    `value_input` (B, T, any)."""
     K, G = head_dim(cfg), cfg.kv_heads or cfg.heads
     q = normalise(project(x_BxTxD, cfg.heads, K, "query", cfg, dtype), "query_norm", cfg, dtype)
     k = normalise(project(x_BxTxD, G, K, "key", cfg, dtype), "key_norm", cfg, dtype)
     q, k = rotate(q, context, size), rotate(k, context, size)
     if size and cfg.rope.query_growth:
         q = grown_queries(q, context.positions, cfg.rope)
-    return q, k, project(x_BxTxD, G, K, "value", cfg, dtype)
+    return q, k, project(x_BxTxD if value_input is None else value_input, G, K, "value", cfg, dtype)
 
 
 def mean_keys(length: int, window: int | None = None, sinks: int = 0) -> float:
@@ -101,6 +108,12 @@ def mean_keys(length: int, window: int | None = None, sinks: int = 0) -> float:
     beyond = length - W  # queries whose window leaves something out: the n-th of them n tokens, sinks among them
     few = min(sinks, beyond)
     return (W * (W + 1) / 2 + beyond * W + few * (few + 1) / 2 + (beyond - few) * sinks) / length
+
+
+def mean_keys_both_sides(length: int, window: int | None = None) -> float:
+    """Keys that a query of an encoder sees, mean over `length` positions; sinks beyond the window are not counted."""
+    W = min(length, window or length)
+    return 2 * W - 1 - W * (W - 1) / length
 
 
 def key_value_cache(batch: int, slots: int, G: int, K: int, V: int, dtype: Any) -> dict[str, jax.Array]:
