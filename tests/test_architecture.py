@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # Never training.loop: the loop evaluates, so that would be a circle.
     "evaluation": (
         {"config", "errors", "models", "training.step", "training.loss", "training.precision", "training.mesh"},
-        {"data", "training.run", "training.compilation"},
+        {"data", "training.run", "training.compilation", "interop"},
     ),
     "interop": ({"config", "errors", "models"}, {"data"}),
     "cli": ({"config", "errors"}, {"training"}),

@@ -8,11 +8,9 @@ import time
 
 import pytest
 from oracle.weights import ORACLE
-from test_generate import initialised
-from tokenizers import AddedToken
+from tiny_talker import SETTINGS, random_talker
 
-from slm.config import Experiment, ModelConfig
-from slm.data.tokenizers import build_tokenizer
+from slm.config import Experiment
 from slm.errors import CheckpointError, ConfigError, DataError
 from slm.evaluation import chat, rendering
 from slm.evaluation.borders import end_ids, prompt_ids
@@ -150,24 +148,15 @@ def test_messages_must_be_plain(tmp_path):
         chat.render(model, [{"role": "user", "content": object()}])
 
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-
-
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
     """A random model of bytes with ChatML's markers, which ends texts with <|endoftext|> and turns with <|im_end|>."""
-    tokenizer = build_tokenizer("bytes", lambda: iter(()))
-    tokenizer.backend.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
-    tokenizer = type(tokenizer)(tokenizer.backend)
-    cfg = ModelConfig(vocab_size=tokenizer.vocab_size, layers=1, width=16, heads=2)
-    made = LanguageModel(initialised(cfg)[1], Experiment(name="toy", model=cfg), tokenizer)
-    settings = {"chat_template": CHATML, "eos_token": "<|endoftext|>"}
-    return with_files(tmp_path_factory.mktemp("talker"), made, tokenizer_config_json=settings)
+    return with_files(tmp_path_factory.mktemp("talker"), random_talker(), tokenizer_config_json=SETTINGS)
 
 
 def test_a_reply_continues_the_rendered_chat_until_the_turn_ends(talker):
     ids = chat.encode(talker, USER)
-    assert ids.tolist() == [257, *b"user\nHi", 258, *b"\n"]
+    assert ids.tolist() == [257, *b"user\nHi", 258, *b"\n", 257, *b"assistant\n"]
     assert set(chat.reply_ends(talker)) == {256, 258}
     (want,) = generate_tokens(
         talker.transformer,

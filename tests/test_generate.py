@@ -8,8 +8,9 @@ import pytest
 from slm.config import Experiment, MixerConfig, ModelConfig
 from slm.data.tokenizers import build_tokenizer
 from slm.errors import ConfigError
-from slm.evaluation import generate as generation
-from slm.evaluation.generate import Decoding, generate, generate_tokens, stream
+from slm.evaluation import decoding as decoder
+from slm.evaluation.decoding import Decoding
+from slm.evaluation.generate import generate, generate_tokens, stream
 from slm.evaluation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, make_sampling, sample
 from slm.evaluation.text_stream import TextStream
 from slm.models.language_model import LanguageModel
@@ -193,7 +194,7 @@ def test_settings_and_near_lengths_share_a_compilation(tiny, prompts):
         (prompts[2], 64, {"temperature": 2, "top_k": 4, "top_p": 0.5, "min_p": 0.1}),
     ]:
         generate_tokens(transformer, params, [prompt], max_new_tokens=count, sampling=make_sampling(**settings))
-        sizes.append((generation._prefill._cache_size(), generation._decode._cache_size()))
+        sizes.append((decoder._prefill._cache_size(), decoder._decode._cache_size()))
     assert sizes[0] == sizes[-1]
     assert min(sizes[0]) > 0
 
@@ -361,7 +362,7 @@ def test_bad_settings_are_named(model, settings, message):
 def test_learned_positions_are_not_exceeded(model):
     cfg = dataclasses.replace(model.config.model, position="learned", max_length=10)
     learned = LanguageModel(initialised(cfg)[1], Experiment(model=cfg), model.tokenizer)
-    generation._check_length(learned.transformer, 4, 6)
+    decoder.check_length(learned.transformer, 4, 6)
     with pytest.raises(ConfigError, match=r"exceed the 10 learned positions.*at most 6"):
         generate(learned, "abc", max_new_tokens=7)
     with pytest.raises(ConfigError, match="shorten the prompt"):
