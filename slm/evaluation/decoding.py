@@ -115,11 +115,17 @@ def _decode(transformer, params, state, setting, until):
 
 def _draw(transformer, params, setting, step, hidden_BxD, done_B, new_BxN):
     _, keys_B, sampling, ends_E, vocab_size = setting
-    logits_BxV = transformer.logits(params, hidden_BxD)
-    logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[-1]) < vocab_size, logits_BxV, -jnp.inf)
-    token_B = sample(jax.vmap(jax.random.fold_in, (0, None))(keys_B, step), logits_BxV, sampling)
+    keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
+    token_B = next_tokens(transformer, params, hidden_BxD, keys_B, sampling, vocab_size)
     done_B |= (token_B[:, None] == ends_E).any(-1)
     return token_B, done_B, new_BxN.at[:, step].set(jnp.where(done_B, -1, token_B))
+
+
+def next_tokens(transformer, params, hidden_BxD, keys_B, sampling, vocab_size):
+    """(B,) int32 ids below `vocab_size`, drawn from the logits of hidden states."""
+    logits_BxV = transformer.logits(params, hidden_BxD)
+    logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[-1]) < vocab_size, logits_BxV, -jnp.inf)
+    return sample(keys_B, logits_BxV, sampling)
 
 
 def check_length(transformer: Transformer, prompt_length: int, max_new_tokens: int) -> None:
