@@ -448,6 +448,15 @@ def test_rows_may_have_settings_of_their_own():
     assert differing > 10
 
 
+@pytest.mark.parametrize(("keep", "off", "on"), [(keep_top_k, 0, 3), (keep_top_p, 1.0, 0.5), (keep_min_p, 0.0, 0.2)])
+def test_a_filter_that_is_off_for_one_row_keeps_all_of_it(keep, off, on):
+    logits = logits_with_ties()[:3] * 20  # so that most probabilities vanish in float32
+    got = keep(logits, jnp.asarray([on, off, on]))
+    np.testing.assert_array_equal(got[1], logits[1])
+    np.testing.assert_array_equal(got, jnp.stack([keep(logits[:1], on)[0], logits[1], keep(logits[2:], on)[0]]))
+    assert (got == -jnp.inf).any(-1).tolist() == [True, False, True]
+
+
 def test_sample_draws_from_the_filtered_distribution():
     logits = jnp.log(jnp.array([0.4, 0.05, 0.3, 0.05, 0.2]))
     n = 4000

@@ -170,11 +170,12 @@ class Gate:
     """Holds an engine's steps until it is opened, so that tests do not race with them."""
 
     def __init__(self, monkeypatch):
-        self.open, self.waiting, step = threading.Event(), threading.Event(), Slots.step
+        self.open, self.waiting, step, self.steps = threading.Event(), threading.Event(), Slots.step, 0
 
         def gated(slots):
             self.waiting.set()
             assert self.open.wait(WAIT)
+            self.steps += 1
             return step(slots)
 
         monkeypatch.setattr(Slots, "step", gated)
@@ -193,6 +194,24 @@ def test_the_queue_is_bounded_and_a_cancelled_request_gives_its_place_away(model
         assert second.result()[2] == "length"
         assert first.pieces.qsize() < 5  # told nothing more
         assert submit(engine, ask(model, "c")).result()[2] == "length"
+
+
+def test_prompts_are_read_first_come_first_served_a_chunk_between_steps(model, monkeypatch):
+    gate, read, fill = Gate(monkeypatch), [], Slots.fill
+
+    def seen(slots, slot, ids, start, *rest):
+        read.append((len(ids), start, gate.steps))
+        return fill(slots, slot, ids, start, *rest)
+
+    monkeypatch.setattr(Slots, "fill", seen)
+    with running(model, slots=3, chunk=8) as engine:
+        first = submit(engine, ask(model, "a", max_tokens=30))
+        assert gate.waiting.wait(WAIT)
+        others = [submit(engine, ask(model, text)) for text in ("b" * 20, "c" * 10)]
+        gate.open.set()
+        assert [listener.result()[2] for listener in (first, *others)] == ["length"] * 3
+    assert [one[:2] for one in read] == [(1, 0), (20, 0), (20, 8), (20, 16), (10, 0), (10, 8)]
+    assert [one[2] for one in read] == [0, 1, 2, 3, 4, 5]  # who writes already goes on
 
 
 def test_late_requests_end_whether_they_run_or_wait(model, monkeypatch):
@@ -546,6 +565,7 @@ def test_a_client_that_leaves_frees_its_slot(model, monkeypatch, stream):
         assert engine.load()[0] == 1  # still held at the gate
         gate.open.set()
         wait_until(lambda: engine.load() == (0, 0))
+        assert gate.steps < 5  # not the 90 that were asked for
         assert not any(message.get("body", b"").startswith(b"data: [DONE]") for message in sent)
         assert submit(engine, ask(model, "b")).result()[2] == "length"
 

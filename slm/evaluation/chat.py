@@ -51,7 +51,11 @@ def render(
 
 
 def encode(model: LanguageModel, messages: Sequence[Mapping[str, Any]], **how: Any) -> np.ndarray:
-    """int32 (T,): `render`, with markers such as <|im_start|> as their ids. Not safe while other threads encode."""
+    """int32 (T,): `render`, with markers such as <|im_start|> as their ids. Not safe while other threads encode.
+
+    As in transformers, a marker that a message spells out becomes its id too: who must not be able to end the user's
+    turn has to take them out of the content before.
+    """
     return need_tokenizer(model).encode(render(model, messages, **how), markers=True)
 
 

@@ -2,7 +2,7 @@
 
 A template is a program that came with somebody's weights. Jinja's sandbox keeps it from Python's internals, but not
 from looping for ever or from filling the memory; so it runs in a child that has little memory, none of our environment,
-and is killed when it takes too long. The child lives as long as its `Renderer` and renders in well under a millisecond.
+and is killed when it takes too long. The child lives as long as its `Renderer` and renders in a millisecond or two.
 
 `python -m slm.evaluation.rendering` is the child: it reads a JSON object a line and answers with one.
 """
