@@ -560,11 +560,12 @@ def test_a_client_that_leaves_frees_its_slot(model, monkeypatch, stream):
                 sent.append(message)
 
             await asyncio.wait_for(app(scope, receive, send), WAIT)
+            assert engine.load()[0] == 1  # still held at the gate
+            gate.open.set()
+            # While the loop lives: a closed one would end the job too.
+            await asyncio.to_thread(wait_until, lambda: engine.load() == (0, 0))
 
         asyncio.run(visit())
-        assert engine.load()[0] == 1  # still held at the gate
-        gate.open.set()
-        wait_until(lambda: engine.load() == (0, 0))
         assert gate.steps < 5  # not the 90 that were asked for
         assert not any(message.get("body", b"").startswith(b"data: [DONE]") for message in sent)
         assert submit(engine, ask(model, "b")).result()[2] == "length"
