@@ -32,6 +32,7 @@ _HOME = {
     "load": "slm.training.run",
     "evaluate": "slm.evaluation.bits_per_byte",
     "generate": "slm.evaluation.generate",
+    "stream": "slm.evaluation.generate",
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_file",

@@ -21,6 +21,7 @@ LONGEST = 450
 HEAVY = {
     "grain", "tensorflow", "tensorflow_datasets", "array_record", "pyarrow", "tokenizers", "transformers", "torch",
     "orbax", "tyro", "safetensors", "huggingface_hub", "gguf", "jinja2", "rich", "matplotlib", "tensorboardX", "wandb",
+    "starlette", "uvicorn", "httpx",
 }  # fmt: skip
 
 # Room (a folder of slm/, or a file directly in it) to what its files may import of slm besides their own room: at the
@@ -39,10 +40,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # Never training.loop: the loop evaluates, so that would be a circle.
     "evaluation": (
         {"config", "errors", "models", "training.step", "training.loss", "training.precision", "training.mesh"},
-        {"data", "training.run", "training.compilation"},
+        {"data", "training.run", "training.compilation", "interop"},
     ),
     "interop": ({"config", "errors", "models"}, {"data"}),
     "cli": ({"config", "errors"}, {"training"}),
+    "serve": ({"errors", "evaluation", "models"}, {"data", "training.compilation"}),
     # The notebook's face: above everything, so in no other row.
     "study": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "training"}),
 }

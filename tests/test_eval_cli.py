@@ -1,16 +1,22 @@
 import errno
+import io
 import json
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import tiny, use_devices
+from tiny_talker import write_talker
 
+import slm
 from slm.config import Experiment, ModelConfig, override
 from slm.data.pipeline import open_data
 from slm.data.synthetic import synthetic_tokenizer
 from slm.data.tokenizers import build_tokenizer
+from slm.evaluation import chat, terminal
 from slm.evaluation.bits_per_byte import evaluate
 from slm.evaluation.cli import evaluate_command
 from slm.evaluation.generate import generate
@@ -145,6 +151,11 @@ def test_a_synthetic_task_is_scored_by_accuracy(command, tmp_path):
         (["--source", "no/such/file.txt"], "no source 'no/such/file.txt'"),
         (["--prompt", "a", "--temperature", "-1"], "temperature = -1"),
         (["--prompt", "a", "--samples", "0"], "--samples 0"),
+        (["--prompts", "no/such/prompts.txt"], "cannot read no/such/prompts.txt"),
+        (["--prompt", "a", "--stop", ""], "stop = "),
+        (["--chat", "--prompt", "a"], "--chat cannot go with --prompt"),
+        (["--system", "Be brief."], "--system belongs to --chat"),
+        (["--chat"], "has no chat template"),
         (["--batch-size", "0"], "batch_size = 0"),
         (["--sequence-length", "0"], "sequence_length = 0"),
         (["--json", "no/such/folder/scores.json"], "no folder no/such/folder"),
@@ -156,6 +167,136 @@ def test_errors_are_one_line_and_exit_code_2(command, arguments, message):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_prompts_from_a_file_are_continued_in_batches(command, model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\n  two\nthree\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\\nb", "id": 1}\n\n{"prompt": ""}\n')
+    settings = ["--max-new-tokens", 6, "--seed", 2, "--json", tmp_path / "samples.json"]
+    for name, prompts in {"prompts.txt": ["one", "  two", "three"], "prompts.jsonl": ["a\nb", ""]}.items():
+        code, *_ = command("--prompts", tmp_path / name, "--prompt", "zero", "--batch-size", 2, *settings)
+        assert code == 0
+        samples = json.loads((tmp_path / "samples.json").read_text())["samples"]
+        assert [one["prompt"] for one in samples] == ["zero", *prompts]
+        assert [one["text"] for one in samples] == generate(model, ["zero", *prompts], seed=2, max_new_tokens=6)
+    code, *_ = command("--prompt", "zero", "--stop", samples[0]["text"][2], "q", *settings)
+    stopped = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    assert stopped[0]["text"] == samples[0]["text"][: samples[0]["text"].index(samples[0]["text"][2])]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b" \n\n", "has no prompts"),
+        ("p.txt", b"\xff\xfe", "cannot read"),
+        ("p.jsonl", b'{"prompt": "a"}\n\n{"promt": 1}', "line 3: must be a JSON object with a field prompt"),
+        ("p.jsonl", b"[1]", "line 1: must be a JSON object"),
+        ("p.jsonl", b'{"prompt": 1}', "line 1: prompt must be a text"),
+    ],
+)
+def test_damaged_prompt_files_are_named(command, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    code, _, err = command("--prompts", tmp_path / name)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    return write_talker(tmp_path_factory.mktemp("models") / "talker")
+
+
+@pytest.fixture
+def shell(talker, monkeypatch, capsys):
+    """(arguments, stdin) -> (exit code, stdout, stderr) of `eval.py talker ARGUMENTS`."""
+    monkeypatch.setattr("slm.training.compilation.enable_compilation_cache", lambda folder: None)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = evaluate_command([str(talker), *map(str, arguments)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_hugging_face_folder_is_scored_and_writes(shell, talker, texts, tmp_path):
+    file = tmp_path / "report.json"
+    code, out, _ = shell("--source", texts / "7.txt", "--prompt", "ab", "--max-new-tokens", 5, "--json", file)
+    assert code == 0
+    report = json.loads(file.read_text())
+    model = slm.from_pretrained(talker)
+    assert report["bits_per_byte"] == pytest.approx(evaluate(model, str(texts / "7.txt"))["bits_per_byte"], rel=1e-6)
+    assert report["samples"][0]["text"] == generate(model, "ab", max_new_tokens=5)
+    assert "perplexity" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "was not trained here.*--source"), (["--checkpoint", "best", "--prompt", "a"], "has no checkpoint best")],
+)
+def test_what_only_a_run_has_is_refused(shell, arguments, message):
+    code, _, err = shell(*arguments)
+    assert code == 2
+    assert re.search(message, err)
+
+
+def test_weights_without_a_config_are_named(capsys, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert evaluate_command([str(tmp_path), "--prompt", "a"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+
+
+def replies(model, turns, system=None, **settings):
+    """What a chat with these messages answers."""
+    messages, answers = [{"role": "system", "content": system}] if system else [], []
+    for seed, turn in enumerate(turns, settings.pop("seed", 0)):
+        messages.append({"role": "user", "content": turn})
+        answers.append("".join(chat.reply(model, messages, seed=seed, **settings)))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+def shown(texts):
+    return "".join(terminal._CONTROL.sub("\ufffd", text) + "\n" for text in texts)
+
+
+def test_a_chat_remembers_until_it_is_reset(shell, talker):
+    model = slm.from_pretrained(talker)
+    settings = {"max_new_tokens": 12, "temperature": 0.9}
+    how = ["--chat", "--system", "Be brief.", "--max-new-tokens", 12, "--temperature", 0.9, "--seed", 3]
+    code, out, err = shell(*how, stdin="Hi\n\nWhy?\n/reset\nWhy?\n/rest now\n/quit\nnever read\n")
+    first, second = replies(model, ["Hi", "Why?"], "Be brief.", seed=3, **settings)
+    (fresh,) = replies(model, ["Why?"], "Be brief.", seed=5, **settings)
+    help_line = f"no command /rest; {terminal.HELP}\n"
+    assert (code, err) == (0, "")
+    assert out.endswith(shown([first, second]) + "a new conversation\n" + shown([fresh]) + help_line)
+    assert len({first, second, fresh}) == 3
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_came(shell, talker, monkeypatch):
+    seen = []
+
+    def interrupted(model, messages, **settings):
+        seen.append([dict(message) for message in messages])
+        yield "Well\x1b[2J"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(terminal, "reply", interrupted)
+    code, out, _ = shell("--chat", stdin="Hi\nGo on\n")
+    assert code == 0
+    assert "\x1b" not in out  # a model must not steer the terminal
+    assert out.count("Well\ufffd[2J [stopped]\n") == 2
+    assert [message["content"] for message in seen[1]] == ["Hi", "Well\x1b[2J", "Go on"]
+
+
+def test_a_bad_message_does_not_end_a_chat(shell, talker):
+    code, out, err = shell("--chat", "--max-new-tokens", 3, stdin="\udcff\nHi\n")
+    assert code == 0
+    assert err.startswith("error: ")
+    assert "surrogate" in err
+    assert out.endswith(shown(replies(slm.from_pretrained(talker), ["Hi"], max_new_tokens=3)))
 
 
 def test_a_folder_that_is_no_run(capsys, tmp_path):

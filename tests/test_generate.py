@@ -8,9 +8,11 @@ import pytest
 from slm.config import Experiment, MixerConfig, ModelConfig
 from slm.data.tokenizers import build_tokenizer
 from slm.errors import ConfigError
-from slm.evaluation import generate as generation
-from slm.evaluation.generate import generate, generate_tokens
-from slm.evaluation.sampling import keep_min_p, keep_top_k, keep_top_p, make_sampling, sample
+from slm.evaluation import decoding as decoder
+from slm.evaluation.decoding import Decoding
+from slm.evaluation.generate import generate, generate_tokens, stream
+from slm.evaluation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, make_sampling, sample
+from slm.evaluation.text_stream import TextStream
 from slm.models.language_model import LanguageModel
 from slm.models.transformer import Transformer
 
@@ -144,6 +146,36 @@ def test_rows_stop_at_end_of_text_and_the_loop_stops_with_the_last(tiny, prompts
     assert len(rows[0]) <= 4
 
 
+def test_several_ids_end_a_row(tiny, prompts):
+    transformer, params = tiny
+    settings = {"max_new_tokens": 12, "sampling": GREEDY}
+    (full,) = generate_tokens(transformer, params, prompts[:1], **settings)
+    full = full.tolist()
+    ends = [*range(1000, 1008), full[7], full[4]]  # more than one bucket of them
+    (row,) = generate_tokens(transformer, params, prompts[:1], end_of_text=ends, **settings)
+    assert row.tolist() == full[: min(full.index(full[7]), full.index(full[4]))]
+
+
+def test_pieces_are_the_whole_and_a_finished_row_stays_so(tiny, prompts):
+    transformer, params = tiny
+    settings = {"max_new_tokens": 12, "sampling": make_sampling(0.9)}
+    whole = generate_tokens(transformer, params, prompts, **settings)
+    decoding, rows = Decoding(transformer, params, prompts, **settings), [[], [], []]
+    for count in (1, 3, 5, 9):
+        for row, ids in zip(rows, decoding.advance(count)):
+            assert len(ids) <= count
+            row.extend(ids.tolist())
+    assert decoding.finished
+    assert rows == [row.tolist() for row in whole]
+
+    decoding = Decoding(transformer, params, prompts, **settings)
+    decoding.advance(2)
+    decoding.finish(np.array([False, True, False]))
+    assert [len(ids) for ids in decoding.advance(4)] == [4, 0, 4]
+    decoding.finish(np.array([True, False, True]))
+    assert decoding.finished
+
+
 def test_ids_beyond_the_tokenizer_are_never_drawn(tiny, prompts):
     transformer, params = tiny
     settings = {"max_new_tokens": 40, "sampling": make_sampling(temperature=5.0)}
@@ -162,8 +194,9 @@ def test_settings_and_near_lengths_share_a_compilation(tiny, prompts):
         (prompts[2], 64, {"temperature": 2, "top_k": 4, "top_p": 0.5, "min_p": 0.1}),
     ]:
         generate_tokens(transformer, params, [prompt], max_new_tokens=count, sampling=make_sampling(**settings))
-        sizes.append(generation._decode._cache_size())
-    assert sizes[0] == sizes[-1] > 0
+        sizes.append((decoder._prefill._cache_size(), decoder._decode._cache_size()))
+    assert sizes[0] == sizes[-1]
+    assert min(sizes[0]) > 0
 
 
 def test_bfloat16_cache(tiny, prompts):
@@ -196,6 +229,115 @@ def test_generate_text(model):
     assert generate(model, []) == []
 
 
+class Letters:
+    """A tokenizer whose ids are UTF-8 bytes, for TextStream."""
+
+    decode = staticmethod(lambda ids: bytes(ids).decode("utf-8", "replace"))
+
+
+def pieces_of(data, sizes, stop=()):
+    text, at, found = TextStream(Letters, stop), 0, []
+    for size in sizes:
+        found.append(text.push(data[at : at + size]))
+        at += size
+    return [*found, text.push(data[at:]), text.close()], text.stopped
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_streamed_text_has_whole_characters_only(size):
+    text = "naïve 漢字 🎉🎉 é\n" * 5
+    data = text.encode()
+    pieces, _ = pieces_of(data, [size] * (len(data) // size))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(map(bool, pieces)) > 10
+    broken = b"a\xff\xe2\x82b\xf0\x9f"
+    pieces, _ = pieces_of(broken, [size] * (len(broken) // size))
+    assert "".join(pieces) == broken.decode("utf-8", "replace")
+
+
+def test_streamed_text_costs_no_more_when_it_is_long():
+    class Counting:
+        longest = 0
+
+        @classmethod
+        def decode(cls, ids):
+            cls.longest = max(cls.longest, len(ids))
+            return bytes(ids).decode("utf-8", "replace")
+
+    text = TextStream(Counting)
+    assert "".join([*(text.push([97]) for _ in range(500)), text.close()]) == "a" * 500
+    assert Counting.longest < 5
+
+
+def test_streamed_text_keeps_the_spaces_that_a_decoder_strips_at_the_start():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    backend = Backend(models.WordLevel({"▁a": 0, "▁bc": 1, "<e>": 2}))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens(["<e>"])
+    from slm.data.tokenizers import Tokenizer
+
+    tokenizer = Tokenizer(backend)
+    ids = [2, 0, 1, 2, 2, 1, 0, 2, 0]
+    for size in (1, 2, 4):
+        text = TextStream(tokenizer)
+        pieces = [text.push(ids[i : i + size]) for i in range(0, len(ids), size)]
+        assert "".join([*pieces, text.close()]) == tokenizer.decode(ids) == "a bc bc a a"
+
+
+@pytest.mark.parametrize(
+    ("stop", "want"),
+    [
+        (("\n\n",), "one\ntwo"),
+        (("zzz",), None),
+        (("two", "one\ntwo"), ""),  # both are complete at the same place: the longer began first
+        (("\nt", "wo\n"), "one"),
+        (("e\ntwo\n\nx", "o\n"), "one\ntw"),  # one that began earlier but never came to its end
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_text_ends_before_the_first_stop_string_however_it_is_cut(stop, want, size):
+    text = "one\ntwo\n\nthree\n\n"
+    pieces, stopped = pieces_of(text.encode(), [size] * (len(text) // size), stop)
+    assert "".join(pieces) == (text if want is None else want)
+    assert stopped == (want is not None)
+    assert pieces[-1] == "" or not stopped
+
+
+def test_generation_stops_soon_after_a_stop_string(model, monkeypatch):
+    settings = {"max_new_tokens": 60, "temperature": 1.0}
+    prompts = ["ab", "c", "d"]
+    free = generate(model, prompts, **settings)
+    stop = (free[0][5:7], free[1][11:13])
+    wanted = [min(text[: text.find(s)] if s in text else text for s in stop) for text in free]
+    assert wanted[0] != free[0] != ""
+    assert wanted[1] != free[1]
+    drawn = []
+    advance = Decoding.advance
+    monkeypatch.setattr(Decoding, "advance", lambda self, n: drawn.append(n) or advance(self, n))
+    assert generate(model, prompts, stop=stop, **settings) == wanted
+    drawn.clear()
+    assert generate(model, "ab", stop=stop[0], **settings) == wanted[0]
+    assert sum(drawn) < 30
+
+
+def test_stream_gives_what_generate_gives_in_pieces(model):
+    settings = {"max_new_tokens": 40, "temperature": 0.8, "seed": 5}
+    whole = generate(model, "ab", **settings)
+    pieces = list(stream(model, "ab", **settings))
+    assert "".join(pieces) == whole
+    assert len(pieces) > 4
+    assert all(pieces)
+    stop = whole[9:11]
+    assert "".join(stream(model, "ab", stop=[stop], **settings)) == generate(model, "ab", stop=stop, **settings)
+    with pytest.raises(ConfigError, match="temperature"):
+        stream(model, "ab", temperature=-1)  # at the call
+    with pytest.raises(ConfigError, match="stop = "):
+        stream(model, "ab", stop=("",))
+
+
 def test_seed_decides(model):
     draws = [generate(model, "a", max_new_tokens=16, seed=seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
@@ -220,7 +362,7 @@ def test_bad_settings_are_named(model, settings, message):
 def test_learned_positions_are_not_exceeded(model):
     cfg = dataclasses.replace(model.config.model, position="learned", max_length=10)
     learned = LanguageModel(initialised(cfg)[1], Experiment(model=cfg), model.tokenizer)
-    generation._check_length(learned.transformer, 4, 6)
+    decoder.check_length(learned.transformer, 4, 6)
     with pytest.raises(ConfigError, match=r"exceed the 10 learned positions.*at most 6"):
         generate(learned, "abc", max_new_tokens=7)
     with pytest.raises(ConfigError, match="shorten the prompt"):
@@ -287,6 +429,32 @@ def test_filters_equal_their_definitions(keep, naive, strengths):
 def test_filters_that_are_off_keep_all(keep, off):
     logits = logits_with_ties() * 20  # so that most probabilities vanish in float32
     np.testing.assert_array_equal(keep(logits, jnp.asarray(off)), logits)
+
+
+def test_rows_may_have_settings_of_their_own():
+    rng = np.random.default_rng(0)
+    settings = [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.5}, {"temperature": 0.1, "top_k": 9}]
+    rows = [make_sampling(**one) for one in settings]
+    logits = jnp.asarray(rng.normal(size=(len(rows), 50)) * 2, jnp.float32)
+    together = Sampling(*(np.asarray(x, t) for x, t in zip(zip(*rows), (np.float32, np.int32, np.float32, np.float32))))
+    draw = jax.jit(sample)
+    differing = 0
+    for seed in range(20):
+        keys = jax.random.split(jax.random.key(seed), len(rows))
+        got = draw(keys, logits, together)
+        alone = [int(draw(keys[r : r + 1], logits[r : r + 1], one)[0]) for r, one in enumerate(rows)]
+        assert got.tolist() == alone
+        differing += got.tolist() != draw(keys, logits, rows[0]).tolist()
+    assert differing > 10
+
+
+@pytest.mark.parametrize(("keep", "off", "on"), [(keep_top_k, 0, 3), (keep_top_p, 1.0, 0.5), (keep_min_p, 0.0, 0.2)])
+def test_a_filter_that_is_off_for_one_row_keeps_all_of_it(keep, off, on):
+    logits = logits_with_ties()[:3] * 20  # so that most probabilities vanish in float32
+    got = keep(logits, jnp.asarray([on, off, on]))
+    np.testing.assert_array_equal(got[1], logits[1])
+    np.testing.assert_array_equal(got, jnp.stack([keep(logits[:1], on)[0], logits[1], keep(logits[2:], on)[0]]))
+    assert (got == -jnp.inf).any(-1).tolist() == [True, False, True]
 
 
 def test_sample_draws_from_the_filtered_distribution():

@@ -1,4 +1,4 @@
-"""The command line of eval.py: scores on held-out text or any source, and samples."""
+"""The command line of eval.py: scores on held-out text or any source, samples, and chats."""
 
 import dataclasses
 import json
@@ -17,19 +17,21 @@ from rich.text import Text
 from slm.errors import DataError, SlmError, exit_code
 from slm.evaluation.bits_per_byte import check_sizes, eval_step_of, evaluate_batches
 from slm.evaluation.generate import generate
+from slm.evaluation.opening import open_model
+from slm.evaluation.terminal import converse
 from slm.models.language_model import LanguageModel
 
-DESCRIPTION = """Score a trained model, or let it write. Without --prompt: bits per byte with its standard error,
-perplexity and accuracy on the text that the run held out from training, or on --source. With --prompt: samples, and
-scores only if --source is given too."""
+DESCRIPTION = """Score a trained model, let it write, or chat with it. Without --prompt: bits per byte with its standard
+error, perplexity and accuracy on the text that the run held out from training, or on --source. With --prompt: samples,
+and scores only if --source is given too. With --chat: a conversation, if the model was tuned for them."""
 
 
 @dataclass(frozen=True)
 class Arguments:
     """What eval.py was asked to do."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")]
-    """Folder of a run, such as runs/quickstart."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a run, such as runs/quickstart; or a Hugging Face folder, or a .gguf file."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
     """Which of the run's checkpoints; best: the one of lowest validation loss."""
     source: str | None = None
@@ -40,15 +42,19 @@ class Arguments:
     sequence_length: int | None = None
     """Tokens in a window; None: as in the run's own evaluations. Windows do not overlap."""
     batch_size: int = 16
-    """Windows scored at a time; changes memory and speed, not scores."""
+    """Windows scored, or prompts continued, at a time; changes memory and speed, not scores."""
     json: Path | None = None
     """Also write the scores and samples to this file."""
     prompt: tuple[str, ...] = ()
     """Print the model's continuation of each of these; "" lets it begin a document."""
+    prompts: Path | None = None
+    """Continue each prompt in this file too: one a line, or the field `prompt` of each line of FILE.jsonl."""
     samples: int = 1
     """Continuations of each prompt."""
-    max_new_tokens: int = 128
-    """Most tokens to add; the end of the document may come before."""
+    max_new_tokens: int | None = None
+    """Most tokens to add; the end of the document may come before. None: 128, in a chat 512."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation, and do not become part of it; in bash, $'\\n\\n' is an empty line."""
     temperature: float = 1.0
     """Below 1 more predictable, above 1 more daring; 0 always takes the likeliest token."""
     top_k: int | None = None
@@ -58,7 +64,12 @@ class Arguments:
     min_p: float | None = None
     """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
     seed: int = 0
-    """Of the first sample; the next ones count up from it."""
+    """Of the first sample or answer; the next ones count up from it."""
+    chat: bool = False
+    """Talk with the model in this terminal, or by lines on stdin: /reset begins anew, /quit or Ctrl-D ends the chat,
+    Ctrl-C the answer."""
+    system: str | None = None
+    """What the model is told about its role before a chat begins."""
 
 
 def evaluate_command(arguments: Sequence[str]) -> int:
@@ -74,16 +85,20 @@ def run(arguments: Arguments) -> None:
     """Loads, scores, samples, prints, writes. Raises SlmError."""
     from slm.data.cache import cache_folder
     from slm.training.compilation import enable_compilation_cache
-    from slm.training.run import load
 
+    check(arguments)
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
-    model = load(arguments.run, arguments.checkpoint)
+    model = open_model(arguments.run, arguments.checkpoint)
     enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
     console = Console(highlight=False)
     console.print(Text(repr(model), style="dim"), soft_wrap=True)
+    if arguments.chat:
+        converse(model, sampling_settings(arguments, 512), arguments.system)
+        return
     report: dict[str, Any] = {"run": arguments.run, "checkpoint": arguments.checkpoint}
-    if arguments.source is not None or not arguments.prompt:
+    writes = arguments.prompt or arguments.prompts is not None
+    if arguments.source is not None or not writes:
         source, scores = score(model, arguments)
         console.print(score_table(source, scores))
         if "by_source" in scores:
@@ -91,7 +106,7 @@ def run(arguments: Arguments) -> None:
         if arguments.by_position:
             console.print(position_table(scores))
         report |= {"source": source} | scores
-    if arguments.prompt:
+    if writes:
         report["samples"] = sample(model, arguments)
         for one in report["samples"]:
             console.rule(f"seed {one['seed']}", style="dim")
@@ -114,6 +129,10 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
     data, seed, spec = model.config.data, model.config.seed, arguments.source
     if arguments.sequence_length is not None:
         data = dataclasses.replace(data, sequence_length=arguments.sequence_length, validation_length=None)
+    if spec is None and model.origin is not None:
+        raise DataError(
+            f"{arguments.run} was not trained here, so no text of it is held out: name a --source to score on"
+        )
     if spec is None:
         trained = open_data(model.config.data, seed, model.tokenizer)
         if trained.validation is None:
@@ -146,24 +165,64 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
 
 
 def sample(model: LanguageModel, arguments: Arguments) -> list[dict[str, Any]]:
-    """All samples of all prompts, drawn as one batch: dicts of prompt, seed, text."""
-    if arguments.samples < 1:
-        raise SlmError(f"--samples {arguments.samples}: must be at least 1")
-    prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.samples)]
-    texts = generate(
-        model,
-        prompts,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        seed=arguments.seed,
-    )
+    """All samples of all prompts, in order: dicts of prompt, seed, text."""
+    given = [*arguments.prompt, *(read_prompts(arguments.prompts) if arguments.prompts else ())]
+    prompts = [prompt for prompt in given for _ in range(arguments.samples)]
+    size, texts = arguments.batch_size, []
+    starts = range(0, len(prompts), size)
+    if len(starts) > 1:
+        starts = track(starts, description="writing", console=Console(stderr=True), transient=True)
+    for start in starts:
+        # Row r of a call draws from stream seed + r, so that samples do not depend on how many are drawn at a time.
+        settings = sampling_settings(arguments, 128) | {"seed": arguments.seed + start}
+        texts += generate(model, prompts[start : start + size], **settings)
     return [
         {"prompt": prompt, "seed": arguments.seed + row, "text": text}
         for row, (prompt, text) in enumerate(zip(prompts, texts))
     ]
+
+
+def sampling_settings(arguments: Arguments, length: int) -> dict[str, Any]:
+    """What slm.generate takes; `length`: of a continuation if the user gave none."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    chosen = length if arguments.max_new_tokens is None else arguments.max_new_tokens
+    return {"max_new_tokens": chosen} | {name: getattr(arguments, name) for name in names}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file. Raises DataError if it cannot be read, is empty, or a line of FILE.jsonl has no prompt."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{path} has no prompts: write one a line")
+    if path.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    prompts = []
+    for number, line in numbered:
+        try:
+            prompts.append(json.loads(line)["prompt"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise DataError(f"{path} line {number}: must be a JSON object with a field prompt") from error
+        if not isinstance(prompts[-1], str):
+            raise DataError(f"{path} line {number}: prompt must be a text")
+    return prompts
+
+
+def check(arguments: Arguments) -> None:
+    """Raises SlmError for what contradicts itself, before a model is loaded."""
+    if arguments.samples < 1:
+        raise SlmError(f"--samples {arguments.samples}: must be at least 1")
+    if arguments.batch_size < 1:
+        raise SlmError(f"batch_size = {arguments.batch_size}: must be at least 1")
+    asked = [("--prompt", arguments.prompt), ("--prompts", arguments.prompts), ("--source", arguments.source)]
+    asked += [("--json", arguments.json)]
+    if arguments.chat and (also := [name for name, value in asked if value]):
+        raise SlmError(f"--chat cannot go with {also[0]}: leave one of them out")
+    if arguments.system is not None and not arguments.chat:
+        raise SlmError("--system belongs to --chat: leave it out, or add --chat")
 
 
 def score_table(source: str, scores: dict[str, Any]) -> Table:

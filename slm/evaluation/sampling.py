@@ -13,7 +13,10 @@ from slm.errors import ConfigError
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, as numbers only: 0 temperature is greedy; 0 top_k, 1 top_p and 0 min_p are off."""
+    """How tokens are drawn, as numbers only: 0 temperature is greedy; 0 top_k, 1 top_p and 0 min_p are off.
+
+    For `sample`, each may also be an array (B,): a setting for each row.
+    """
 
     temperature: float
     top_k: int
@@ -37,34 +40,40 @@ def make_sampling(
 
 
 def keep_top_k(logits, k):
-    """Keeps the k largest logits (..., V) and whatever equals the k-th (Fan et al. 2018). k () int32; 0 is off."""
+    """Keeps the k largest logits (..., V) and whatever equals the k-th (Fan et al. 2018).
+
+    k () or (...) int32; 0 is off.
+    """
+    k = jnp.asarray(k)
 
     def keep(logits):
-        return jnp.where(_largest(logits, lambda chosen: chosen.sum(-1) >= k), logits, -jnp.inf)
+        return jnp.where(_largest(logits, lambda chosen: chosen.sum(-1) >= k) | (k <= 0)[..., None], logits, -jnp.inf)
 
-    return jax.lax.cond(k > 0, keep, lambda logits: logits, logits)
+    return jax.lax.cond((k > 0).any(), keep, lambda logits: logits, logits)
 
 
 def keep_top_p(logits, p):
     """Keeps the smallest set of likeliest tokens whose probability reaches p (Holtzman et al. 2020).
 
-    logits (..., V); p () in (0, 1]; 1 is off. A tie at the edge is kept as a whole.
+    logits (..., V); p () or (...) in (0, 1]; 1 is off. A tie at the edge is kept as a whole.
     """
+
+    p = jnp.asarray(p)
 
     def keep(logits):
         probability = jax.nn.softmax(logits)
         enough = _largest(probability, lambda chosen: jnp.where(chosen, probability, 0).sum(-1) >= p)
-        return jnp.where(enough, logits, -jnp.inf)
+        return jnp.where(enough | (p >= 1)[..., None], logits, -jnp.inf)
 
-    return jax.lax.cond(p < 1, keep, lambda logits: logits, logits)
+    return jax.lax.cond((p < 1).any(), keep, lambda logits: logits, logits)
 
 
 def keep_min_p(logits, p):
     """Keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024).
 
-    logits (..., V); p () in [0, 1]; 0 is off.
+    logits (..., V); p () or (...) in [0, 1]; 0 is off.
     """
-    return jnp.where(logits - logits.max(-1, keepdims=True) >= jnp.log(p), logits, -jnp.inf)
+    return jnp.where(logits - logits.max(-1, keepdims=True) >= jnp.log(p)[..., None], logits, -jnp.inf)
 
 
 def sample(keys, logits, sampling: Sampling):
@@ -73,21 +82,22 @@ def sample(keys, logits, sampling: Sampling):
     Args:
       keys: (B,) PRNG keys, one a row, so that a row's token does not depend on the rows beside it.
       logits: (B, V) float32; -inf is never drawn.
-      sampling: of scalars or () arrays.
+      sampling: of scalars, or arrays () or (B,).
 
     Returns:
       (B,) int32.
     """
 
+    greedy = jnp.asarray(sampling.temperature) == 0
+
     def draw(logits):
         # Relative to the largest, so that a tiny temperature cannot overflow.
-        scaled = (logits - logits.max(-1, keepdims=True)) / sampling.temperature
+        scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(greedy, 1, sampling.temperature)[..., None]
         kept = keep_top_k(scaled, sampling.top_k)
         kept = keep_min_p(keep_top_p(kept, sampling.top_p), sampling.min_p)
-        return jax.vmap(jax.random.categorical)(keys, kept)
+        return jnp.where(greedy, logits.argmax(-1), jax.vmap(jax.random.categorical)(keys, kept))
 
-    greedy = sampling.temperature == 0
-    return jax.lax.cond(greedy, lambda logits: logits.argmax(-1), draw, logits).astype(jnp.int32)
+    return jax.lax.cond(greedy.all(), lambda logits: logits.argmax(-1), draw, logits).astype(jnp.int32)
 
 
 def _largest(values, enough):

@@ -1,5 +1,6 @@
 """A trained model as one value: parameters, the experiment that made them, and the tokenizer."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from slm.config import Experiment
+from slm.errors import CheckpointError
 from slm.models.transformer import Transformer, any_backend
 
 
@@ -26,14 +28,24 @@ class Origin:
     """Name to content of such files that exist nowhere yet."""
 
     def text(self, name: str) -> str | None:
-        """Content of one of these files; None if there is none."""
-        return (
-            self.texts[name]
-            if name in self.texts
-            else Path(self.files[name]).read_text()
-            if name in self.files
-            else None
-        )
+        """Content of one of these files; None if there is none. Raises CheckpointError if it cannot be read."""
+        if name not in self.files:
+            return self.texts.get(name)
+        try:
+            return Path(self.files[name]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read {self.files[name]}: {error}") from error
+
+    def settings(self, name: str) -> dict:
+        """The JSON object in one of these files; empty if there is none. Raises CheckpointError if it is damaged."""
+        where = self.files.get(name, name)
+        try:
+            found = json.loads(self.text(name) or "{}")
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{where} is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{where} holds no JSON object")
+        return found
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server: `python -m slm.serve MODEL`."""
