@@ -210,7 +210,7 @@ def describe(model: LanguageModel) -> tuple[Family, dict]:
             if model.tokenizer is not None and model.tokenizer.end_of_text is not None:
                 ids = {"bos_token_id": model.tokenizer.end_of_text, "eos_token_id": model.tokenizer.end_of_text}
             longest = cfg.max_length or model.config.data.sequence_length
-            return family, {"max_position_embeddings": longest} | written | ids
+            return family, {"max_position_embeddings": longest} | dict(family.defaults) | written | ids
     raise ConfigError(
         f"no Hugging Face family has this model's architecture ({' '.join(cfg.attention)}, {cfg.norm}, {cfg.mlp}, "
         f"position = {cfg.position}, head = {cfg.head}); families: {', '.join(FAMILIES)}"

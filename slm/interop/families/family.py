@@ -1,7 +1,8 @@
 """What a family is: how its config.json reads, and the table of its tensors."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from slm.config import ModelConfig
 from slm.interop.layout import Link, linear, norm, same
@@ -34,6 +35,8 @@ class Family:
     write: Callable[[ModelConfig], dict]
     """Inverse of read, for a model that the family can express; others come out changed, which the caller finds."""
     names: Names
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of config.json that a model made here gets besides, where the family's own values would not fit it."""
 
 
 LAYER = (

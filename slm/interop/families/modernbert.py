@@ -97,4 +97,6 @@ NAMES = Names(
     ),
     ignored=r"decoder\.weight|.*rotary_emb\..*",
 )
-FAMILIES = (Family("modernbert", "ModernBertForMaskedLM", read_modernbert, write_modernbert, NAMES),)
+# Ids of its own vocabulary, beyond that of a smaller one.
+NO_IDS = {f"{name}_token_id": None for name in ("pad", "bos", "eos", "cls", "sep")}
+FAMILIES = (Family("modernbert", "ModernBertForMaskedLM", read_modernbert, write_modernbert, NAMES, NO_IDS),)
