@@ -1,13 +1,13 @@
 """Language models that differ in their attention only: equal parameters, tokens and data, several seeds.
 
     python benchmarks/language_model.py --text FOLDER_OF_TXT --json FILE [--models NAME ...] [--seeds 3]
-                                        [--rates 4e-3 8e-3] [--plot FILE]
+                                        [--rates 4e-3 8e-3] [--plot FILE] [--report]
 
 Each model is a layer pattern over six layers; its feed-forward width is chosen so that all have the parameters of
 softmax within 1 %. The learning rate is chosen per model on seed 0 by validation loss, the other seeds use it. The file
 of --text that comes last by name is held out whole. Reported: bits a byte, mean over seeds and its standard error over
 seeds; and bits a token by position, in windows of up to four times the training length. Interrupted runs go on where
-they stopped.
+they stopped. --report runs nothing: it takes the file as it is, and of each model the rate that is best on seed 0.
 """
 
 import argparse
@@ -111,10 +111,17 @@ def main():
     parser.add_argument("--cores", type=int)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--report", action="store_true")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(work(options.job, options.text)))
+        return
+    if options.report:
+        rows = best_rates(json.loads(options.json.read_text())["rows"])
+        report(rows)
+        if options.plot:
+            plot(rows, options.plot)
         return
     if not options.text or not list(Path(options.text).glob("*.txt")):
         sys.exit("language_model.py needs --text, a folder with at least two .txt files")
@@ -134,6 +141,13 @@ def main():
     report(rows)
     if options.plot:
         plot(rows, options.plot)
+
+
+def best_rates(rows: list[dict]) -> list[dict]:
+    """The rows of each model's best rate on seed 0."""
+    first = sorted((row for row in rows if row["job"]["seed"] == 0), key=lambda row: -row["result"]["bits_per_byte"])
+    best = {row["job"]["model"]: row["job"]["rate"] for row in first}
+    return [row for row in rows if row["job"]["rate"] == best[row["job"]["model"]]]
 
 
 def by_model(rows: list[dict]) -> dict[str, list[dict]]:
@@ -189,9 +203,7 @@ def plot(rows: list[dict], path: Path) -> None:
     right.axvline(LENGTH, color="grey", lw=1)
     right.set_xlabel("position in the window (training length marked)")
     right.set_ylabel("bits a token")
-    best = min(min(row["result"]["bits_by_position"]) for row in rows)
-    right.set_ylim(best - 0.1, best + 1.5)
-    right.legend(fontsize=7, ncol=2)
+    right.legend(fontsize=7, ncol=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     right.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

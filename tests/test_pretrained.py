@@ -117,6 +117,13 @@ def test_what_no_family_has_is_refused(tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(("name", "family"), [("ministral3", "ministral3"), ("phi3_long", "phi3"), ("phi", "phi")])
+def test_no_family_is_chosen_that_would_leave_a_setting_out(name, family, tmp_path):
+    model = slm.from_pretrained(folder_of(name, tmp_path / name)[0])
+    found, _ = describe(dataclasses.replace(model, origin=None))
+    assert found.model_type == family
+
+
 def test_every_family_has_a_case():
     cases = {json.loads((ORACLE / f"{name}.json").read_text())["config"]["model_type"] for name in CASES}
     assert cases == {name for name, family in FAMILIES.items() if not family.architecture.endswith("MaskedLM")}

@@ -60,10 +60,13 @@ def _named(table: dict[str, str], name: str) -> str:
     return next(theirs for theirs, ours in table.items() if ours == name)
 
 
-def read_rope(hf: dict, theta: float = 10_000.0, layer_type: str | None = None) -> RopeConfig:
+def read_rope(
+    hf: dict, theta: float = 10_000.0, layer_type: str | None = None, growing_queries: bool = False
+) -> RopeConfig:
     """Rotary settings in the new layout (rope_parameters) or the old one (rope_theta, rope_scaling).
 
     `theta`: of a config that has none. `layer_type`: whose settings, where they are given by type of layer.
+    `growing_queries`: whether the family knows llama_4_scaling_beta, which others would silently leave out.
     """
     new = hf.get("rope_parameters") or {}
     if layer_type in new:
@@ -75,7 +78,9 @@ def read_rope(hf: dict, theta: float = 10_000.0, layer_type: str | None = None) 
     base = {"theta": float(settings["rope_theta"])}
     original = hf.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
     original = int(original or hf.get("max_position_embeddings") or 0)
-    if settings.get("llama_4_scaling_beta"):
+    if not growing_queries:
+        refuse(settings, llama_4_scaling_beta=0.0)
+    elif settings.get("llama_4_scaling_beta"):
         base |= {"query_growth": float(settings["llama_4_scaling_beta"]), "original_length": original}
     if kind == "default":
         return RopeConfig(**base)

@@ -6,13 +6,11 @@ from slm.interop.families.family import DECODER, Family
 from slm.interop.fields import (
     activation,
     common,
-    fraction,
     gated,
     layer_types,
     need,
     read_rope,
     refuse,
-    rotated_share,
     shortest,
     windows,
     write_common,
@@ -23,17 +21,15 @@ from slm.models.mixers import layer_pattern
 
 def read_llama(hf: dict, **fields) -> ModelConfig:
     biases = (("qkv", "out") if hf.get("attention_bias") else ()) + (("mlp",) if hf.get("mlp_bias") else ())
-    share = (hf.get("rope_parameters") or {}).get("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
-    wanted = {
-        "mlp": gated(hf.get("hidden_act", "silu")), "rope": read_rope(hf), "bias": biases,
-        "mixer": MixerConfig(qk_norm="none", rope_fraction=fraction(share)),
-    }  # fmt: skip
+    share = (hf.get("rope_parameters") or {}).get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    refuse({"partial_rotary_factor": share}, partial_rotary_factor=1.0)
+    wanted = {"mlp": gated(hf.get("hidden_act", "silu")), "bias": biases}
+    wanted |= {} if "rope" in fields else {"rope": read_rope(hf)}
     return common(hf, **wanted | fields)
 
 
 def write_llama(cfg: ModelConfig) -> dict:
-    extra = {} if rotated_share(cfg) == 1 else {"partial_rotary_factor": rotated_share(cfg)}
-    return write_common(cfg) | write_rope(cfg.rope) | extra | {
+    return write_common(cfg) | write_rope(cfg.rope) | {
         "hidden_act": activation(cfg),
         "attention_bias": "qkv" in cfg.bias,
         "mlp_bias": "mlp" in cfg.bias,
@@ -74,11 +70,11 @@ def write_granite(cfg: ModelConfig) -> dict:
     }
 
 
-def read_mistral(hf: dict) -> ModelConfig:
+def read_mistral(hf: dict, **fields) -> ModelConfig:
     """Every layer has the window, or none has."""
     window = hf.get("sliding_window")
     return read_llama(
-        hf, attention=("window" if window else "softmax",), mixer=MixerConfig(qk_norm="none", window=window)
+        hf, attention=("window" if window else "softmax",), mixer=MixerConfig(qk_norm="none", window=window), **fields
     )
 
 
@@ -102,6 +98,10 @@ def write_ministral(cfg: ModelConfig) -> dict:
     return write_mistral(cfg) | {"layer_types": layer_types(cfg)}
 
 
+def read_ministral3(hf: dict) -> ModelConfig:
+    return read_mistral(hf, rope=read_rope(hf, 1_000_000.0, growing_queries=True))
+
+
 def write_ministral3(cfg: ModelConfig) -> dict:
     """In the new layout only: the model is younger than it."""
     hf = write_mistral(cfg)
@@ -114,6 +114,7 @@ FAMILIES = (
     Family("granite", "GraniteForCausalLM", read_granite, write_granite, DECODER),
     Family("mistral", "MistralForCausalLM", read_mistral, write_mistral, DECODER),
     Family("ministral", "MinistralForCausalLM", read_ministral, write_ministral, DECODER),
-    Family("ministral3", "Ministral3ForCausalLM", read_mistral, write_ministral3, DECODER),
-    Family("smollm3", "SmolLM3ForCausalLM", read_smollm3, write_smollm3, DECODER),
+    Family("ministral3", "Ministral3ForCausalLM", read_ministral3, write_ministral3, DECODER),
+    # Its own padding id lies beyond a small vocabulary, and transformers refuses that.
+    Family("smollm3", "SmolLM3ForCausalLM", read_smollm3, write_smollm3, DECODER, {"pad_token_id": None}),
 )

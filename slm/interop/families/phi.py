@@ -2,11 +2,12 @@
 
 from slm.config import MixerConfig, ModelConfig
 from slm.interop.families.family import LAYER, OUTSIDE, Family, Names
-from slm.interop.families.llama import read_llama, write_llama
+from slm.interop.families.llama import write_llama
 from slm.interop.fields import (
     activation,
     common,
     fraction,
+    gated,
     plain,
     read_rope,
     refuse,
@@ -45,11 +46,14 @@ def write_phi(cfg: ModelConfig) -> dict:
 def read_phi3(hf: dict) -> ModelConfig:
     window = hf.get("sliding_window")
     mixer = MixerConfig(qk_norm="none", rope_fraction=_share(hf, 1.0), window=window)
-    return read_llama(hf, attention=("window" if window else "softmax",), bias=(), mixer=mixer)
+    return common(
+        hf, mlp=gated(hf.get("hidden_act", "silu")), rope=read_rope(hf), mixer=mixer,
+        attention=("window" if window else "softmax",),
+    )  # fmt: skip
 
 
 def write_phi3(cfg: ModelConfig) -> dict:
-    hf = write_llama(cfg) | {"sliding_window": cfg.mixer.window}
+    hf = write_llama(cfg) | {"sliding_window": cfg.mixer.window, "partial_rotary_factor": rotated_share(cfg)}
     del hf["attention_bias"], hf["mlp_bias"], hf["head_dim"]
     if cfg.rope.scaling == "longrope":
         hf["original_max_position_embeddings"] = cfg.rope.original_length
@@ -79,5 +83,8 @@ PHI3_LAYER = (
 )
 FAMILIES = (
     Family("phi", "PhiForCausalLM", read_phi, write_phi, Names("model.layers", lambda layer: PHI_LAYER, PHI_OUTSIDE)),
-    Family("phi3", "Phi3ForCausalLM", read_phi3, write_phi3, Names("model.layers", lambda layer: PHI3_LAYER, OUTSIDE)),
-)
+    Family(
+        "phi3", "Phi3ForCausalLM", read_phi3, write_phi3, Names("model.layers", lambda layer: PHI3_LAYER, OUTSIDE),
+        {"pad_token_id": None},  # its own lies beyond a small vocabulary, and transformers refuses that
+    ),
+)  # fmt: skip
