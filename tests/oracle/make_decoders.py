@@ -105,6 +105,7 @@ def main(names):
             arrays |= {f"d {key}": p.grad.numpy() for key, p in model.named_parameters() if key in shapes}
         np.savez_compressed(HERE / f"{name}.npz", **arrays)
         config = json.loads(model.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # the temporary folder
         record = {"transformers": transformers.__version__, "config": config, "shapes": shapes}
         (HERE / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(name, "largest logit", float(np.abs(arrays["logits"]).max()), "std", float(arrays["logits"].std()))

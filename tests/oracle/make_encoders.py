@@ -91,6 +91,7 @@ def main(names):
                 arrays[key] = value.numpy()
         np.savez_compressed(ORACLE / "encoders" / f"{name}.npz", **arrays)
         config = json.loads(model.config.to_json_string(use_diff=False))
+        config.pop("_name_or_path", None)  # the temporary folder
         record = {"transformers": transformers.__version__, "config": config, "shapes": shapes}
         (ORACLE / "encoders" / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         print(name, {key: float(np.abs(x).max()) for key, x in arrays.items() if x.dtype == np.float32})
