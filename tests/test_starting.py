@@ -15,6 +15,7 @@ from slm.data.tokenizers import build_tokenizer
 from slm.errors import ConfigError
 from slm.models.language_model import LanguageModel
 from slm.models.transformer import Transformer
+from slm.training.dry_run import dry_run
 
 
 @pytest.fixture
@@ -77,3 +78,9 @@ def test_a_folder_without_tokenizer_asks_for_one(folder, tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"name one in data\.tokenizer"):
         slm.train(tiny(tmp_path, FROM | {"model.init_from": str(folder)}))
+
+
+def test_a_dry_run_plans_the_model_of_the_folder(folder, tmp_path):
+    cfg = tiny(tmp_path, FROM | {"model.init_from": str(folder), "train.batch_size": 8})
+    published = slm.from_pretrained(folder)
+    assert dry_run(cfg, 1).parameter_count == sum(a.size for a in jax.tree.leaves(published.params))

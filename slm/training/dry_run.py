@@ -21,6 +21,9 @@ def dry_run(cfg: Experiment, devices: int) -> Plan:
 
     Raises ConfigError if the mesh does not divide, or the vocabulary can only be known from the data.
     """
+    from slm.interop.starting import started_from
+
+    cfg = started_from(cfg)
     cfg = filled_in(cfg, cfg.model.vocab_size or _vocabulary(cfg))
     if devices < 1:
         raise ConfigError(f"--devices {devices}: must be at least 1")
