@@ -146,6 +146,16 @@ def test_a_damaged_or_hostile_file_ends_in_one_clear_error(damage, tokenizer, tm
         slm.from_pretrained(path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("block_count", 2**31), ("attention.head_count", 0)])
+def test_absurd_metadata_ends_in_one_clear_error_at_once(key, value, tokenizer, tmp_path):
+    path = slm.save_gguf(made("llama", tokenizer), tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    reader.fields[f"llama.{key}"].parts[-1][0] = value
+    del reader
+    with pytest.raises(SlmError, match=r"block_count = 2147483648|cannot be used"):
+        slm.from_pretrained(path)
+
+
 def test_a_file_that_is_not_there():
     with pytest.raises(SlmError, match="no file"):
         slm.from_pretrained("nowhere.gguf")

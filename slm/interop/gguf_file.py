@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp runs: slm.from_pretrained(FILE.gguf) and slm.save_gguf.
+"""GGUF, the files of llama.cpp: slm.from_pretrained(FILE.gguf) and slm.save_gguf.
 
 A GGUF file is read as the Hugging Face folder that it was made from: its metadata becomes a config.json, its tensors
 get their names there back. What llama.cpp stores otherwise is undone, such as the order of rotary dimensions in Llama's
@@ -19,6 +19,7 @@ from slm.errors import CheckpointError, ConfigError
 from slm.interop.families import FAMILIES
 from slm.interop.gguf_tokenizer import read_tokenizer, write_tokenizer
 from slm.interop.parameters import bind, tensors_of
+from slm.interop.tensors import read_json
 from slm.models.language_model import LanguageModel, Origin
 from slm.models.layers import mlp_width
 from slm.models.mixers import head_dim
@@ -81,12 +82,19 @@ class GGUFTensors:
             raise CheckpointError(f"tensor '{name}' of type {kind} cannot be read: {error}") from error
 
 
-def open_gguf(path: Path) -> tuple[dict, GGUFTensors, dict | None, Origin]:
-    """(config.json, tensors, tokenizer.json or None, origin) of a GGUF file.
+def open_gguf(path: Path) -> tuple[dict, GGUFTensors, dict, Origin]:
+    """(config.json, tensors, tokenizer.json, origin) of a GGUF file.
 
     Raises CheckpointError for a damaged or hostile file, ConfigError for an architecture that is not supported.
     """
     reader = _reader(path)
+    try:
+        return _opened(path, reader)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(f"the metadata of {path} cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _opened(path: Path, reader: Any) -> tuple[dict, GGUFTensors, dict, Origin]:
     fields = {name: field.contents() for name, field in reader.fields.items()}
     name = fields.get("general.architecture")
     if name not in ARCHS:
@@ -104,7 +112,7 @@ def open_gguf(path: Path) -> tuple[dict, GGUFTensors, dict | None, Origin]:
         return data
 
     beside = path.with_name("tokenizer.json")
-    tokenizer = json.loads(beside.read_text()) if beside.is_file() else read_tokenizer(fields)
+    tokenizer = read_json(beside) if beside.is_file() else read_tokenizer(fields)
     texts = {
         "generation_config.json": json.dumps({key: hf[key] for key in ("bos_token_id", "eos_token_id") if key in hf})
     }
@@ -114,11 +122,16 @@ def open_gguf(path: Path) -> tuple[dict, GGUFTensors, dict | None, Origin]:
     return hf, source, tokenizer, Origin(arch.family, hf, "float32", {}, texts)
 
 
-def _reader(path: Path):
+def _package():
     try:
         import gguf
     except ImportError as error:
-        raise CheckpointError("GGUF files need the package gguf: pip install gguf") from error
+        raise ConfigError("GGUF files need the package gguf: pip install gguf") from error
+    return gguf
+
+
+def _reader(path: Path):
+    gguf = _package()
     try:
         with path.open("rb") as file:
             head = file.read(24)
@@ -142,6 +155,8 @@ def _config(arch: Arch, name: str, fields: dict, by_name: dict) -> dict:
         return value
 
     width, heads = get("embedding_length"), get("attention.head_count")
+    if not 0 < get("block_count") <= len(by_name):  # before anything is made for each layer
+        raise CheckpointError(f"{name}.block_count = {get('block_count')}: the file holds {len(by_name)} tensors")
     embedding = by_name.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError("the GGUF file lacks token_embd.weight")
@@ -201,7 +216,7 @@ def _permuted(data: np.ndarray, heads: int, back: bool = False) -> np.ndarray:
 
 
 def save_gguf(model: LanguageModel, path: str | Path, quantization: str = "F16") -> Path:
-    """Writes a file that llama.cpp runs, with tokenizer and chat template.
+    """Writes a file in llama.cpp's layout, with tokenizer and chat template.
 
     Args:
       model: of an architecture in ARCHS: Llama's (SmolLM2 too), Qwen 2's or Qwen 3's.
@@ -216,10 +231,9 @@ def save_gguf(model: LanguageModel, path: str | Path, quantization: str = "F16")
       ConfigError: the architecture, the tokenizer or the quantization has no form in GGUF.
       CheckpointError: the file cannot be written.
     """
-    import gguf
-
     from slm.interop.pretrained import describe
 
+    gguf = _package()
     if quantization not in QUANTIZATIONS:
         raise ConfigError(f"quantization = {quantization!r}: one of {', '.join(QUANTIZATIONS)}")
     path, cfg = Path(path), model.config.model

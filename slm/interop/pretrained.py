@@ -81,13 +81,18 @@ def _from_gguf(path: Path, dtype: Any, place) -> LanguageModel:
         raise CheckpointError(f"no file {path}")
     hf, tensors, tokens, origin = open_gguf(path)
     cfg, params = _read(FAMILIES[origin.family], hf, path, tensors, dtype, place)
-    return LanguageModel(params, cfg, Tokenizer(Backend.from_str(json.dumps(tokens))), dtype, origin)
+    try:
+        tokenizer = Tokenizer(Backend.from_str(json.dumps(tokens)))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"the tokenizer of {path} cannot be used: {error}") from error
+    return LanguageModel(params, cfg, tokenizer, dtype, origin)
 
 
 def _read(family: Family, hf: dict, source: Path, tensors: Tensors, dtype: Any, place) -> tuple[Experiment, dict]:
     """(config, parameters), after all that can be wrong has been looked at."""
     cfg = read_config(family, hf, source)
-    # Before anything is made for each layer: the config may ask for millions.
+    # Before anything is made for each layer: the config may ask for millions. Layers that share their tensors may be
+    # more than these, but no published model has 200.
     if cfg.model.layers > max(len(tensors.names()), 200 if cfg.model.shared_layers else 0):
         raise CheckpointError(f"{source}: {cfg.model.layers} layers in {CONFIG}, {len(tensors.names())} tensors")
     names = bare(family.names, tensors.names())
