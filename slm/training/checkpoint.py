@@ -279,11 +279,17 @@ def _silent_threads() -> Iterator[None]:
     """Keeps the tracebacks of tensorstore's threads off the terminal when a read fails.
 
     The first failing array closes orbax's event loop; the callbacks of the others then print "Event loop is closed"
-    one by one, a moment after the exception that matters has reached the caller.
+    one by one, a moment after the exception that matters has reached the caller. Tasks that failed too are reported
+    whenever the collector finds them, by asyncio's logger: it stays silent about such tasks from then on.
     """
     with contextlib.redirect_stderr(io.StringIO()):
         try:
             yield
         except Exception:
             time.sleep(0.3)
+            logging.getLogger("asyncio").addFilter(_is_no_forgotten_task)
             raise
+
+
+def _is_no_forgotten_task(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Task exception was never retrieved")
