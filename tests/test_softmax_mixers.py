@@ -11,7 +11,8 @@ import pytest
 from slm.config import MixerConfig, ModelConfig, RopeConfig
 from slm.errors import ConfigError
 from slm.models.mixers import MIXERS, Context, check_mechanisms, configured
-from slm.models.mixers.softmax import mean_keys, store
+from slm.models.mixers.cache import store
+from slm.models.mixers.softmax import mean_keys
 from slm.models.rope import rope_tables
 
 B, T, D, H, G, K = 2, 24, 16, 4, 2, 8

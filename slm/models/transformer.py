@@ -211,7 +211,15 @@ class Transformer:
         return answer(self.cfg, params.get("head", {}), hidden, mask, self.dtype)
 
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> dict:
-        """Empty decode cache for `batch` sequences of at most `length` tokens. Raises ConfigError for an encoder."""
+        """Empty decode cache for `batch` sequences of at most `length` tokens.
+
+        Args:
+          batch, length: sizes.
+          dtype: of cached keys, values and inputs of convolutions; None: the compute dtype. int8 holds for keys and
+            values alone, with one float32 scale for each token and head.
+
+        Raises ConfigError for an encoder, or for int8 with a mechanism whose keys cannot be so.
+        """
         if not self.cfg.causal:
             raise ConfigError(
                 "model.causal = false: an encoder has no decode cache and cannot generate; use slm.logits"
@@ -219,11 +227,24 @@ class Transformer:
         cache = {}
         for group, (pattern, repeats) in self.groups.items():
             one = {
-                str(i): layer.mixer.init_cache(layer.configured, batch, length, dtype or self.dtype)
+                str(i): layer.mixer.init_cache(layer.configured, batch, length, self._cache_dtype(layer, dtype))
                 for i, layer in enumerate(pattern)
             }
             cache[group] = jax.tree.map(lambda a, n=repeats: jnp.broadcast_to(a, (n, *a.shape)), one)
         return cache
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether decoding may go on from an earlier position with a cache that has seen more (Mixer.rewinds)."""
+        return all(layer.mixer.rewinds(layer.configured) for layer in layers(self.cfg))
+
+    def _cache_dtype(self, layer: Layer, dtype: Any) -> Any:
+        dtype = jnp.dtype(dtype or self.dtype)
+        if dtype != jnp.int8 or layer.mixer.int8_cache:
+            return dtype
+        if layer.mixer.int8_cache is None:
+            return self.dtype
+        raise ConfigError(f"cache_dtype = int8: layers of {layer.mechanism} cannot keep such keys; use bfloat16")
 
     def _norm(self):
         return norm("final_norm", self.cfg, self.dtype)

@@ -6,7 +6,7 @@ where they come from. In a call with a cache, padding (position -1) stands only 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -45,6 +45,8 @@ class Mixer(nn.Module):
     """Compute dtype."""
     bidirectional = False
     """Whether it can see both sides (cfg.causal = False)."""
+    int8_cache: ClassVar[bool | None] = None
+    """Whether cached keys and values may be int8; None: it caches none."""
     own_loss = False
     """Whether it attaches a loss of its own to the backward pass, which no loss scaling reaches."""
 
@@ -55,6 +57,12 @@ class Mixer(nn.Module):
         `dtype` is for copies of activations (keys, values, inputs of convolutions); recurrent states are float32.
         """
         raise NotImplementedError
+
+    @classmethod
+    def rewinds(cls, cfg: ModelConfig) -> bool:
+        """Whether tokens may be read again from an earlier position on without undoing what is in the cache: what
+        stands there now is overwritten, and nothing that is still needed has made room for it."""
+        return False
 
     @classmethod
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:

@@ -11,7 +11,8 @@ from slm.attention import cached_attention, softmax_attention
 from slm.config import ModelConfig
 from slm.errors import ConfigError
 from slm.models.mixers.base import Context, Row, finish, head_dim, normalise, project, rotate
-from slm.models.mixers.softmax import SOFTMAX, SoftmaxFamily, key_value_cache, mean_keys, remember
+from slm.models.mixers.cache import empty_slots, remember
+from slm.models.mixers.softmax import SOFTMAX, SoftmaxFamily, mean_keys
 
 
 class DifferentialMixer(SoftmaxFamily):
@@ -66,9 +67,7 @@ class DifferentialMixer(SoftmaxFamily):
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         G, K = (cfg.kv_heads or cfg.heads) // 2, head_dim(cfg)
-        return key_value_cache(batch, length, G, K, 2 * K, dtype) | {
-            "subtracted_key": jnp.zeros((batch, length, G, K), dtype)
-        }
+        return empty_slots(batch, length, dtype, key=(G, K), subtracted_key=(G, K), value=(G, 2 * K))
 
     @classmethod
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:

@@ -12,7 +12,8 @@ from slm.attention.forget import cumulative_forget
 from slm.config import ModelConfig
 from slm.models.layers import dense
 from slm.models.mixers.base import Context, Row, finish, head_dim
-from slm.models.mixers.softmax import SOFTMAX, SoftmaxFamily, key_value_cache, mean_keys, projections, remember
+from slm.models.mixers.cache import key_value_cache, remember
+from slm.models.mixers.softmax import SOFTMAX, SoftmaxFamily, mean_keys, projections
 
 
 class ForgettingMixer(SoftmaxFamily):
@@ -44,6 +45,10 @@ class ForgettingMixer(SoftmaxFamily):
         gates = {"query_forget": forget, "key_forget": seen["forget"]}
         out = cached_attention(q, keys, values, positions, seen["positions"], **gates, **see)
         return finish(out, x_BxTxD, self.cfg, self.dtype), cache
+
+    @classmethod
+    def rewinds(cls, cfg: ModelConfig) -> bool:
+        return False  # the sum of gates goes on from the newest token that is stored
 
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:

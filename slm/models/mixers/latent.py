@@ -12,7 +12,8 @@ from slm.attention import cached_attention, softmax_attention
 from slm.config import MixerConfig, ModelConfig
 from slm.models.layers import dense
 from slm.models.mixers.base import Context, Row, finish, head_dim, project, rotate
-from slm.models.mixers.softmax import SoftmaxFamily, mean_keys, remember
+from slm.models.mixers.cache import empty_slots, remember
+from slm.models.mixers.softmax import SoftmaxFamily, mean_keys
 
 
 class LatentMixer(SoftmaxFamily):
@@ -27,6 +28,7 @@ class LatentMixer(SoftmaxFamily):
     """
 
     plain = False
+    int8_cache = False  # one scale would have to serve the normed latent and the rotated key
 
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
@@ -70,10 +72,7 @@ class LatentMixer(SoftmaxFamily):
     @classmethod
     def init_cache(cls, cfg: ModelConfig, batch: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         """Latents and rotated keys side by side (B, S, L + P), whatever the number of heads."""
-        return {
-            "latent": jnp.zeros((batch, length, latent_size(cfg) + rope_size(cfg)), dtype),
-            "positions": jnp.full((batch, length), -1, jnp.int32),
-        }
+        return empty_slots(batch, length, dtype, latent=(latent_size(cfg) + rope_size(cfg),))
 
     @classmethod
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:

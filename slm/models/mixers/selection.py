@@ -32,7 +32,8 @@ from slm.models.mixers.base import (
     project,
     rotate,
 )
-from slm.models.mixers.softmax import attend_and_store, key_value_cache, mean_keys, store
+from slm.models.mixers.cache import key_value_cache, store
+from slm.models.mixers.softmax import attend_and_store, mean_keys
 from slm.models.rope import rope_tables
 
 
@@ -42,6 +43,8 @@ class MobaMixer(Mixer):
     The paper has blocks of 512 to 4096 tokens, of which a query sees 3 to 12; the defaults are scaled down with the
     length of the sequences.
     """
+
+    int8_cache = False
 
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
@@ -85,6 +88,8 @@ class NsaMixer(Mixer):
     selected. Keys are compressed after rotation. The paper selects 16 blocks and has a window of 512; the defaults
     are scaled down with the length of the sequences.
     """
+
+    int8_cache = False
 
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
@@ -216,6 +221,7 @@ class IndexedMixer(Mixer):
     Sequences of at most top_k tokens are attended to densely, which is the paper's warm-up stage.
     """
 
+    int8_cache = False
     own_loss = True
 
     @nn.compact

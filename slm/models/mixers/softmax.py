@@ -12,6 +12,7 @@ from slm.attention import cached_attention, choose_implementation, softmax_atten
 from slm.config import MixerConfig, ModelConfig
 from slm.errors import ConfigError
 from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, logit_scale, normalise, project, rotate
+from slm.models.mixers.cache import key_value_cache, remember
 from slm.models.rope import grown_queries
 
 
@@ -20,6 +21,11 @@ class SoftmaxFamily(Mixer):
 
     plain: ClassVar[bool] = True
     """Without switches it is nothing but softmax(q k^T) v with K = V, which cuDNN can serve."""
+    int8_cache = True
+
+    @classmethod
+    def rewinds(cls, cfg: ModelConfig) -> bool:
+        return not cfg.mixer.window
 
     def sight(self) -> dict[str, Any]:
         """What `softmax_attention` and `cached_attention` have in common of the switches, with learned sinks."""
@@ -116,15 +122,6 @@ def mean_keys_both_sides(length: int, window: int | None = None) -> float:
     return 2 * W - 1 - W * (W - 1) / length
 
 
-def key_value_cache(batch: int, slots: int, G: int, K: int, V: int, dtype: Any) -> dict[str, jax.Array]:
-    """Empty slots for keys (B, S, G, K) and values (B, S, G, V), at position -1."""
-    return {
-        "key": jnp.zeros((batch, slots, G, K), dtype),
-        "value": jnp.zeros((batch, slots, G, V), dtype),
-        "positions": jnp.full((batch, slots), -1, jnp.int32),
-    }
-
-
 def attend_and_store(q, k, v, positions_BxT, cache, window=None, sinks=0, **see):
     """Attention of new tokens over the cache and themselves; see `store` for the slots, `cached_attention` for `see`.
 
@@ -145,32 +142,6 @@ def attend_and_store(q, k, v, positions_BxT, cache, window=None, sinks=0, **see)
         **see,
     )
     return out, stored
-
-
-def remember(cache: dict, new: dict, window: int | None = None, sinks: int = 0) -> tuple[dict, dict]:
-    """(what the tokens of `new` may see, the cache after them), both laid out like `cache`; see `store`."""
-    stored = store(cache, new, sinks)
-    if window is None or new["positions"].shape[1] == 1:
-        return stored, stored
-    # In a ring no longer than the window, a late token of this call may overwrite what an early one still sees.
-    return {name: jnp.concatenate([cache[name], new[name].astype(cache[name].dtype)], 1) for name in cache}, stored
-
-
-def store(cache: dict, new: dict, sinks: int = 0) -> dict:
-    """`cache` with the tokens of `new` written; entries are (B, slots, ...) and (B, T, ...), `positions` among them.
-
-    The first `sinks` positions keep slots of their own; the others share a ring of what is left: what there is no slot
-    for overwrites the oldest, so whoever makes a cache without a window must make it long enough.
-    """
-    positions = new["positions"]
-    slots = cache["positions"].shape[1]
-    ring = max(slots - sinks, 1)
-    # Two tokens of one call may share a slot, and scatter order is undefined: only the later one is written.
-    live = (positions >= 0) & ((positions < sinks) | (positions > positions.max(1, keepdims=True) - ring))
-    slot = jnp.where(positions < sinks, positions, sinks + (positions - sinks) % ring)
-    slot = jnp.where(live, slot, slots)
-    row = jnp.arange(positions.shape[0])[:, None]
-    return {name: cache[name].at[row, slot].set(new[name].astype(cache[name].dtype), mode="drop") for name in cache}
 
 
 SOFTMAX = MixerConfig(

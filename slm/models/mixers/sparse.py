@@ -12,7 +12,8 @@ from slm.attention.sparse import blocks_computed, cached_sparse_attention, spars
 from slm.config import ModelConfig
 from slm.errors import ConfigError
 from slm.models.mixers.base import Context, Mixer, Row, finish, head_dim, logit_scale
-from slm.models.mixers.softmax import SOFTMAX, key_value_cache, projections, remember
+from slm.models.mixers.cache import key_value_cache, remember
+from slm.models.mixers.softmax import SOFTMAX, projections
 
 BLOCK = 64
 
@@ -23,6 +24,8 @@ class SparseMixer(Mixer):
     All heads see the same. Positions in the pattern are those inside a document, so that packed documents are what each
     is alone.
     """
+
+    int8_cache = True
 
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None):
@@ -48,6 +51,10 @@ class SparseMixer(Mixer):
         K, bound = head_dim(cfg), reach(mask(cfg))
         slots = length if bound is None else min(length, sum(bound))
         return key_value_cache(batch, slots, cfg.kv_heads or cfg.heads, K, K, dtype)
+
+    @classmethod
+    def rewinds(cls, cfg: ModelConfig) -> bool:
+        return reach(mask(cfg)) is None
 
     @classmethod
     def flops_per_token(cls, cfg: ModelConfig, length: int) -> float:
