@@ -232,6 +232,21 @@ def test_a_hugging_face_folder_is_scored_and_writes(shell, talker, texts, tmp_pa
     assert "perplexity" in out
 
 
+def test_a_draft_and_a_small_cache_write_the_same_text(shell, talker, tmp_path):
+    texts = []
+    for extra in ([], ["--draft", talker, "--draft-tokens", 2], ["--cache-dtype", "float32"]):
+        code, _, err = shell(
+            "--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0, "--json", tmp_path / "x", *extra
+        )
+        assert code == 0, err
+        texts.append(json.loads((tmp_path / "x").read_text())["samples"][0]["text"])
+    assert len(set(texts)) == 1
+    assert shell("--prompt", "ab", "--max-new-tokens", 9, "--cache-dtype", "int8")[0] == 0
+    code, _, err = shell("--prompt", "ab", "--draft", tmp_path / "nowhere")
+    assert code == 2
+    assert "nowhere" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [([], "was not trained here.*--source"), (["--checkpoint", "best", "--prompt", "a"], "has no checkpoint best")],

@@ -37,25 +37,11 @@ class Decoding:
         cache_dtype: Any = None,
     ):
         check_length(transformer, max(map(len, prompts)), max_new_tokens)
-        B, T = len(prompts), _round_up(max(map(len, prompts)))
-        prompt_BxT = np.zeros((B, T), np.int32)
-        for row, ids in zip(prompt_BxT, prompts):
-            row[: len(ids)] = ids
-        seeds = (np.arange(B) + seed) % 2**32
-        ends_E = np.full(-(-max(len(ends), 1) // _ENDS) * _ENDS, -1, np.int32)
-        ends_E[: len(ends)] = ends
         self._transformer, self._params = transformer, params
-        self._setting = (
-            np.array([len(ids) for ids in prompts], np.int32),
-            jax.vmap(jax.random.key)(seeds.astype(np.uint32)),
-            # Strong types, so that 1 and 1.0 share a compilation.
-            Sampling(*(np.asarray(x, t) for x, t in zip(sampling, (np.float32, np.int32, np.float32, np.float32)))),
-            ends_E,
-            np.int32(vocab_size or transformer.cfg.vocab_size),
-        )
+        prompt_BxT, self._setting = prepare(prompts, sampling, seed, ends, vocab_size or transformer.cfg.vocab_size)
         self._limit, self._seen = max_new_tokens, 0
         self._state = _prefill(
-            transformer, params, prompt_BxT, self._setting, capacity=_round_up(max_new_tokens), cache_dtype=cache_dtype
+            transformer, params, prompt_BxT, self._setting, capacity=round_up(max_new_tokens), cache_dtype=cache_dtype
         )
         self.finished = False
         """Whether every row has ended."""
@@ -79,20 +65,47 @@ class Decoding:
             self.finished = bool(done_B.all())
 
 
+def prepare(
+    prompts: Sequence[np.ndarray], sampling: Sampling, seed: int, ends: Sequence[int], vocab_size: int
+) -> tuple[np.ndarray, tuple]:
+    """Prompts (B, T), padded on the right, and what holds for the whole decoding: (lengths (B,), keys (B,), sampling,
+    ending ids (E,), vocabulary size)."""
+    B, T = len(prompts), round_up(max(map(len, prompts)))
+    prompt_BxT = np.zeros((B, T), np.int32)
+    for row, ids in zip(prompt_BxT, prompts):
+        row[: len(ids)] = ids
+    seeds = (np.arange(B) + seed) % 2**32
+    ends_E = np.full(-(-max(len(ends), 1) // _ENDS) * _ENDS, -1, np.int32)
+    ends_E[: len(ends)] = ends
+    return prompt_BxT, (
+        np.array([len(ids) for ids in prompts], np.int32),
+        jax.vmap(jax.random.key)(seeds.astype(np.uint32)),
+        # Strong types, so that 1 and 1.0 share a compilation.
+        Sampling(*(np.asarray(x, t) for x, t in zip(sampling, (np.float32, np.int32, np.float32, np.float32)))),
+        ends_E,
+        np.int32(vocab_size),
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("transformer", "capacity", "cache_dtype"))
 def _prefill(transformer, params, prompt_BxT, setting, *, capacity, cache_dtype):
     """The state of a decoding after its first token: (tokens drawn, the last (B,), done (B,), new ids (B, capacity), -1
-    where a row has none, cache). Prompts are padded on the right."""
-    lengths_B = setting[0]
+    where a row has none, cache)."""
+    B = len(prompt_BxT)
+    last_BxD, cache = read(transformer, params, prompt_BxT, setting[0], capacity, cache_dtype)
+    new_BxN = jnp.full((B, capacity), -1, jnp.int32)
+    return jnp.int32(1), *_draw(transformer, params, setting, 0, last_BxD, jnp.zeros(B, bool), new_BxN), cache
+
+
+def read(transformer, params, prompt_BxT, lengths_B, capacity, cache_dtype):
+    """(hidden states of the prompts' last tokens (B, D), a cache of the prompts with room for `capacity` more)."""
     B, T = prompt_BxT.shape
     at = jnp.arange(T)
     cache = transformer.init_cache(B, T + capacity, cache_dtype)
     hidden_BxTxD, cache = transformer.hidden(
         params, prompt_BxT, positions=jnp.where(at < lengths_B[:, None], at, -1), cache=cache
     )
-    last_BxD = jnp.take_along_axis(hidden_BxTxD, (lengths_B - 1)[:, None, None], 1)[:, 0]
-    new_BxN = jnp.full((B, capacity), -1, jnp.int32)
-    return jnp.int32(1), *_draw(transformer, params, setting, 0, last_BxD, jnp.zeros(B, bool), new_BxN), cache
+    return jnp.take_along_axis(hidden_BxTxD, (lengths_B - 1)[:, None, None], 1)[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames="transformer", donate_argnames="state")
@@ -123,9 +136,13 @@ def _draw(transformer, params, setting, step, hidden_BxD, done_B, new_BxN):
 
 def next_tokens(transformer, params, hidden_BxD, keys_B, sampling, vocab_size):
     """(B,) int32 ids below `vocab_size`, drawn from the logits of hidden states."""
-    logits_BxV = transformer.logits(params, hidden_BxD)
-    logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[-1]) < vocab_size, logits_BxV, -jnp.inf)
-    return sample(keys_B, logits_BxV, sampling)
+    return sample(keys_B, logits_below(transformer, params, hidden_BxD, vocab_size), sampling)
+
+
+def logits_below(transformer, params, hidden, vocab_size):
+    """Logits (..., V) of hidden states (..., D), -inf from id `vocab_size` on."""
+    logits = transformer.logits(params, hidden)
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
 def check_length(transformer: Transformer, prompt_length: int, max_new_tokens: int) -> None:
@@ -143,5 +160,5 @@ def _way_out(room: int) -> str:
     return f"set max_new_tokens to at most {room}" if room > 0 else "shorten the prompt"
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
     return -(-length // BUCKET) * BUCKET

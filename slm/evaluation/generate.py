@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from slm.evaluation.borders import end_ids, prompt_ids
+from slm.errors import ConfigError
+from slm.evaluation.borders import end_ids, need_tokenizer, prompt_ids
 from slm.evaluation.decoding import Decoding
 from slm.evaluation.sampling import Sampling, make_sampling
+from slm.evaluation.speculative import Draft, SpeculativeDecoding
 from slm.evaluation.text_stream import TextStream, stop_strings
 from slm.models.heads import check_next_token
 from slm.models.language_model import LanguageModel
@@ -32,6 +34,8 @@ def generate(
     seed: int = 0,
     cache_dtype: Any = None,
     stop: str | Sequence[str] = (),
+    draft: LanguageModel | None = None,
+    draft_tokens: int = 4,
 ) -> str | list[str]:
     """The model's continuation of a prompt, or of each of a list of prompts at once.
 
@@ -48,32 +52,29 @@ def generate(
       top_p: draw among the likeliest tokens that together reach this probability; None: among all.
       min_p: draw among tokens at least this many times as likely as the likeliest; None: among all.
       seed: row r of a list draws from stream seed + r whatever stands beside it: any row can be had again alone.
-      cache_dtype: of cached keys and values, such as jnp.bfloat16 to halve the cache; None: the compute dtype, float32.
+      cache_dtype: of cached keys and values, such as jnp.bfloat16, which halves them, or jnp.int8, which halves them
+        again; None: the compute dtype, float32.
       stop: texts that end a continuation and do not become part of it, such as "\n\n".
+      draft: a smaller model with the same vocabulary that proposes tokens, for speed (slm.evaluation.speculative).
+      draft_tokens: how many it proposes at a time.
 
     Returns:
       The continuation without the prompt: str for a str, a list for a list.
 
     Raises:
-      ConfigError: a setting is out of range, learned positions do not reach so far, or the model is no decoder.
+      ConfigError: a setting is out of range, learned positions do not reach so far, the model is no decoder, or the
+        draft has another vocabulary.
       DataError: a prompt is not valid Unicode.
     """
     check_next_token(model.config.model)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    stops, sampling = stop_strings(stop), make_sampling(temperature, top_k, top_p, min_p)
+    prompts, stops = [prompt] if isinstance(prompt, str) else list(prompt), stop_strings(stop)
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    make_sampling(**filters)  # wrong settings are told even where there is no prompt
     if not prompts:
         return []
-    decoding = Decoding(
-        model.transformer,
-        model.params,
-        [prompt_ids(model, text) for text in prompts],
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        seed=seed,
-        ends=end_ids(model),
-        vocab_size=model.tokenizer.vocab_size,
-        cache_dtype=cache_dtype,
-    )
+    rows = [prompt_ids(model, text) for text in prompts]
+    proposals = {"draft": draft, "draft_tokens": draft_tokens}
+    decoding = start(model, rows, end_ids(model), max_new_tokens, seed, cache_dtype, **filters, **proposals)
     streams = [TextStream(model.tokenizer, stops) for _ in prompts]
     texts = [""] * len(prompts)
     while not decoding.finished:
@@ -95,31 +96,11 @@ def stream(model: LanguageModel, prompt: str, **settings: Any) -> Iterator[str]:
 
 
 def stream_from(
-    model: LanguageModel,
-    ids: np.ndarray,
-    ends: Sequence[int],
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    seed: int = 0,
-    cache_dtype: Any = None,
-    stop: str | Sequence[str] = (),
+    model: LanguageModel, ids: np.ndarray, ends: Sequence[int], stop: str | Sequence[str] = (), **settings: Any
 ) -> Iterator[str]:
     """`stream` from token ids (T,), with `ends` as the ids that end the text."""
     text = TextStream(model.tokenizer, stop_strings(stop))
-    decoding = Decoding(
-        model.transformer,
-        model.params,
-        [ids],
-        max_new_tokens=max_new_tokens,
-        sampling=make_sampling(temperature, top_k, top_p, min_p),
-        seed=seed,
-        ends=ends,
-        vocab_size=model.tokenizer.vocab_size,
-        cache_dtype=cache_dtype,
-    )
+    decoding = start(model, [ids], ends, **settings)
 
     def pieces() -> Iterator[str]:
         while not (decoding.finished or text.stopped):
@@ -129,6 +110,38 @@ def stream_from(
             yield piece
 
     return pieces()
+
+
+def start(
+    model: LanguageModel,
+    prompts: Sequence[np.ndarray],
+    ends: Sequence[int],
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    cache_dtype: Any = None,
+    draft: LanguageModel | None = None,
+    draft_tokens: int = 4,
+    **filters: Any,
+) -> Decoding | SpeculativeDecoding:
+    """The decoding of prompts of token ids, for text; `filters` are those of make_sampling, all else as in generate."""
+    how = {
+        "max_new_tokens": max_new_tokens,
+        "sampling": make_sampling(**filters),
+        "seed": seed,
+        "ends": ends,
+        "vocab_size": model.tokenizer.vocab_size,
+        "cache_dtype": cache_dtype,
+    }
+    if draft is None:
+        return Decoding(model.transformer, model.params, prompts, **how)
+    check_next_token(draft.config.model)
+    if need_tokenizer(draft).backend.get_vocab() != model.tokenizer.backend.get_vocab():
+        raise ConfigError(
+            f"draft {draft.config.name} has another vocabulary than {model.config.name}: a draft proposes token ids, "
+            "so take a smaller model of the same family"
+        )
+    proposer = Draft(draft.transformer, draft.params, draft_tokens)
+    return SpeculativeDecoding(model.transformer, model.params, prompts, proposer, **how)
 
 
 def generate_tokens(

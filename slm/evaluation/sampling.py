@@ -88,16 +88,24 @@ def sample(keys, logits, sampling: Sampling):
       (B,) int32.
     """
 
-    greedy = jnp.asarray(sampling.temperature) == 0
-
     def draw(logits):
-        # Relative to the largest, so that a tiny temperature cannot overflow.
-        scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(greedy, 1, sampling.temperature)[..., None]
-        kept = keep_top_k(scaled, sampling.top_k)
-        kept = keep_min_p(keep_top_p(kept, sampling.top_p), sampling.min_p)
-        return jnp.where(greedy, logits.argmax(-1), jax.vmap(jax.random.categorical)(keys, kept))
+        return jax.vmap(jax.random.categorical)(keys, drawn_from(logits, sampling))
 
+    greedy = jnp.asarray(sampling.temperature) == 0
     return jax.lax.cond(greedy.all(), lambda logits: logits.argmax(-1), draw, logits).astype(jnp.int32)
+
+
+def drawn_from(logits, sampling: Sampling):
+    """What `sample` draws from, as log-probabilities but for a constant: (..., V) like the logits, -inf for tokens that
+    are never drawn, which are all but the likeliest at temperature 0. Settings are scalars or of shape (...)."""
+    greedy = (jnp.asarray(sampling.temperature) == 0)[..., None]
+    # Relative to the largest, so that a tiny temperature cannot overflow.
+    best = logits.max(-1, keepdims=True)
+    scaled = (logits - best) / jnp.where(greedy, 1, jnp.asarray(sampling.temperature)[..., None])
+    kept = keep_top_k(scaled, sampling.top_k)
+    kept = keep_min_p(keep_top_p(kept, sampling.top_p), sampling.min_p)
+    first = jnp.arange(logits.shape[-1]) == logits.argmax(-1, keepdims=True)
+    return jnp.where(greedy, jnp.where(first, 0.0, -jnp.inf), kept)
 
 
 def _largest(values, enough):

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -45,6 +45,8 @@ class Arguments:
     """Most tokens of an answer."""
     chunk: int = 128
     """Tokens of a prompt read at once; others wait that long for their next token."""
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Of cached keys and values; each is half or a quarter of the one before. None: that of computation."""
     queue: int = 32
     """Requests that may wait for a slot; more are told to come back later (429)."""
     timeout: float = 600.0
@@ -86,6 +88,7 @@ def run(arguments: Arguments) -> None:
             arguments.queue,
             arguments.timeout,
             arguments.chunk,
+            arguments.cache_dtype,
         )
         try:
             print(model, "compiling ...", sep="\n", flush=True)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -81,6 +81,7 @@ class Engine:
       queue: requests that may wait for a slot.
       timeout: seconds that a request may take, waiting included.
       chunk: tokens of a prompt that are read between two steps.
+      cache_dtype: of cached keys and values; None: that of computation.
 
     Raises ConfigError for sizes that do not fit the model.
     """
@@ -93,10 +94,11 @@ class Engine:
         queue: int = 32,
         timeout: float = 600.0,
         chunk: int = 128,
+        cache_dtype: Any = None,
     ):
         self.length, self.queue, self.timeout = length, queue, timeout
         self._tokenizer = model.tokenizer
-        self._slots = Slots(model, slots, length, chunk)
+        self._slots = Slots(model, slots, length, chunk, cache_dtype)
         self._jobs: list[Job | None] = [None] * slots
         self._waiting: collections.deque[Job] = collections.deque()
         self._wake = threading.Condition()
