@@ -49,8 +49,10 @@ def everything(decoding, pieces=(N,)):
     return rows
 
 
-@pytest.mark.parametrize("attention", [("softmax", "softmax"), ("window", "softmax"), ("gated_delta", "forgetting")])
-@pytest.mark.parametrize("draft", ["near", "far"])
+@pytest.mark.parametrize(
+    ("attention", "draft"),
+    [(("softmax", "softmax"), "near"), (("window", "softmax"), "far"), (("gated_delta", "forgetting"), "far")],
+)
 def test_the_greedy_text_is_that_of_the_large_model(attention, draft, prompts):
     """Caches that can be rewound, rings and states that cannot, on either side."""
     mixer = MixerConfig(window=5 if "window" in attention else None)

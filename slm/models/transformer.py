@@ -118,36 +118,50 @@ class Transformer:
         Returns:
           (hidden (B, T, D) after the last norm, new cache or None).
         """
+        x, cache, _ = self._forward(params, tokens, segment_ids, positions, token_types, cache, keep=False)
+        return x, cache
+
+    def hidden_states(self, params, tokens, *, segment_ids=None, positions=None, token_types=None):
+        """What every layer says, (layers + 1, B, T, D): the embedded tokens, then the residual stream after each layer,
+        of which the last is after the last norm, as `hidden` returns it. Arguments as there."""
+        return self._forward(params, tokens, segment_ids, positions, token_types, None, keep=True)[2]
+
+    def _forward(self, params, tokens, segment_ids, positions, token_types, cache, keep):
+        """(final hidden states, new cache or None, states of all layers if `keep`)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             if segment_ids is not None:
                 positions -= document_starts(segment_ids)
         context = self._context(positions, segment_ids)
         x = embed(self.cfg, params["embed"], tokens, positions, token_types, self.dtype)
-        new_cache, depth = {}, 0
+        new_cache, depth, states = {}, 0, [x[None]]
         for group, (pattern, repeats) in self.groups.items():
             group_cache = None if cache is None else cache[group]
             depths = depth + len(pattern) * jnp.arange(repeats)
-            x, new_cache[group] = self._run(pattern, params[group], x, context, depths, group_cache)
+            x, new_cache[group], after = self._run(pattern, params[group], x, context, depths, group_cache, keep)
             depth += len(pattern) * repeats
+            states += [after.reshape(-1, *x.shape)] if keep else []
         x = self.constrain(x)
         if self.cfg.residual != "post":
             x = self._norm().apply({"params": params["final_norm"]}, x)
-        return x, None if cache is None else new_cache
+        states = jnp.concatenate([*states[:-1], states[-1][:-1], x[None]]) if keep else None
+        return x, None if cache is None else new_cache, states
 
-    def _run(self, pattern, params, x, context, depths, cache):
-        """Layers of one group, by scan or by a loop over slices of the same stacked trees."""
+    def _run(self, pattern, params, x, context, depths, cache, keep):
+        """Layers of one group, by scan or by a loop over slices of the same stacked trees: (x, new cache or None, x after
+        each layer (repeats, pattern, B, T, D) if `keep`)."""
 
         def period(x, one):
             period_params, first, period_cache = one
-            new_cache = {}
+            new_cache, after = {}, []
             for i, layer in enumerate(pattern):
                 module = block(layer.cfg, layer.mechanism, self.dtype)
                 old = None if period_cache is None else period_cache[str(i)]
                 rope = context.local_rope if layer.local else context.rope
                 here = context.replace(layer=first + i, rope=rope, local_rope=None)
                 x, new_cache[str(i)] = module.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
-            return x, None if period_cache is None else new_cache
+                after += [x] if keep else []
+            return x, (None if period_cache is None else new_cache, jnp.stack(after) if keep else None)
 
         if self.cfg.remat != "none" and cache is None:
             # CSE cannot undo the recomputation across iterations of a scan, so its guard is only needed unrolled.
@@ -158,12 +172,13 @@ class Transformer:
         else:
             body, stacked = period, (params, depths, cache)
         if self.cfg.scan:
-            return jax.lax.scan(body, x, stacked)
+            x, news = jax.lax.scan(body, x, stacked)
+            return x, *news
         news = []
         for one in _unstack(stacked):
             x, new = body(x, one)
             news.append(new)
-        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *news)
+        return x, *jax.tree.map(lambda *a: jnp.stack(a), *news)
 
     def unembedding(self, params) -> jax.Array:
         """(D, V) matrix from hidden states, or (E, V) from those that a masked LM has transformed, to logits."""

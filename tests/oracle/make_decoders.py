@@ -4,7 +4,7 @@
 
 The weights are not stored: tests/oracle/weights.py makes them from the names and shapes of the tensors. Each file holds
 config.json (as transformers writes it), the tensors' names and shapes, tokens, a padding mask, the logits with it, the
-last hidden states, and for some the gradients of the mean next-token loss.
+hidden states of all layers, and for some the gradients of the mean next-token loss.
 """
 
 import json
@@ -95,8 +95,11 @@ def main(names):
         mask = torch.ones_like(tokens)
         mask[1, 9:] = 0
         out = model(tokens, attention_mask=mask, output_hidden_states=True)
+        states = out.hidden_states
+        if name == "mamba2":  # which leaves out the embedded tokens, and adds the last layer's before the norm
+            states = (model.get_input_embeddings()(tokens), *states[:-2], states[-1])
         arrays = {"tokens": tokens.numpy(), "mask": mask.numpy(), "logits": out.logits.detach().numpy(),
-                  "hidden": out.hidden_states[-1].detach().numpy()}  # fmt: skip
+                  "hidden": np.stack([h.detach().numpy() for h in states])}  # fmt: skip
         if gradients:
             whole = model(tokens)
             loss = torch.nn.functional.cross_entropy(whole.logits[:, :-1].reshape(-1, V), tokens[:, 1:].reshape(-1))

@@ -69,7 +69,7 @@ def main():
         logits, hidden = forward(
             {k: torch.from_numpy(x) for k, x in weights_of(shapes).items()}, torch.from_numpy(tokens)
         )
-    np.savez_compressed(ORACLE / "openelm.npz", tokens=tokens, mask=mask, logits=logits, hidden=hidden)
+    np.savez_compressed(ORACLE / "openelm.npz", tokens=tokens, mask=mask, logits=logits, hidden=hidden[None])
     config = {
         "model_type": "openelm", "architectures": ["OpenELMForCausalLM"], "vocab_size": V, "model_dim": D,
         "head_dim": K, "num_transformer_layers": 4, "num_query_heads": HEADS, "num_kv_heads": KV_HEADS,
