@@ -33,6 +33,7 @@ _HOME = {
     "evaluate": "slm.evaluation.bits_per_byte",
     "generate": "slm.evaluation.generate",
     "stream": "slm.evaluation.generate",
+    "reply": "slm.evaluation.chat",
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_file",
