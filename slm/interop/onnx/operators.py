@@ -1,0 +1,245 @@
+"""Primitives of jaxprs as ONNX operators: one table of functions (graph, equation, tensors) -> tensor or tensors."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from slm.interop.onnx.graph import Graph, Tensor, constant
+
+SAME_NAME = {
+    "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "max": "Max", "min": "Min", "pow": "Pow", "neg": "Neg",
+    "abs": "Abs", "sign": "Sign", "floor": "Floor", "ceil": "Ceil", "exp": "Exp", "log": "Log", "sqrt": "Sqrt",
+    "sin": "Sin", "cos": "Cos", "tan": "Tan", "tanh": "Tanh", "sinh": "Sinh", "cosh": "Cosh", "asinh": "Asinh",
+    "atan": "Atan", "erf": "Erf", "logistic": "Sigmoid", "eq": "Equal", "lt": "Less", "le": "LessOrEqual",
+    "gt": "Greater", "ge": "GreaterOrEqual",
+}  # fmt: skip
+"""Primitives that an operator of ONNX computes elementwise."""
+OF_BITS = {"and": ("And", "BitwiseAnd"), "or": ("Or", "BitwiseOr"), "xor": ("Xor", "BitwiseXor"),
+           "not": ("Not", "BitwiseNot")}  # fmt: skip
+"""Primitive to its operators of booleans and of integers."""
+REDUCTIONS = {"reduce_sum": "ReduceSum", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
+              "reduce_prod": "ReduceProd", "reduce_or": "ReduceMax", "reduce_and": "ReduceMin"}  # fmt: skip
+IDENTITIES = ("stop_gradient", "name", "copy", "copy_p", "optimization_barrier", "sharding_constraint")
+
+
+def elementwise(g: Graph, op: str, inputs: list[Tensor], shape, dtype, **attributes) -> Tensor:
+    """A node that broadcasts, of which only what differs is computed."""
+    held = np.broadcast_shapes(*(x.held for x in inputs))
+    return g.node(op, inputs, shape, dtype, held, **attributes)
+
+
+def output(equation):
+    """(shape, dtype) of an equation's first output."""
+    aval = equation.outvars[0].aval
+    return tuple(aval.shape), np.dtype(aval.dtype)
+
+
+def same(op: str) -> Callable:
+    def emit(g, e, *inputs):
+        shape, dtype = output(e)
+        if inputs[0].dtype == np.uint32:  # for which runtimes have few operators
+            return _unsigned(g, op, inputs, shape, dtype)
+        return elementwise(g, op, list(inputs), shape, dtype)
+
+    return emit
+
+
+def _unsigned(g: Graph, op: str, inputs, shape, dtype) -> Tensor:
+    """Arithmetic modulo 2^32 on int64, whose low bits are right even where it overflows."""
+    wide = elementwise(g, op, [g.cast(x, np.int64) for x in inputs], shape, np.int64 if dtype != bool else bool)
+    if dtype == bool:
+        return wide
+    return g.cast(elementwise(g, "BitwiseAnd", [wide, constant(np.int64(2**32 - 1))], shape, np.int64), dtype)
+
+
+def bits(pair: tuple[str, str]) -> Callable:
+    return lambda g, e, *inputs: elementwise(g, pair[inputs[0].dtype != bool], list(inputs), *output(e))
+
+
+def not_equal(g, e, *inputs):
+    shape, _ = output(e)
+    equal = elementwise(g, "Equal", list(inputs), shape, bool)
+    return elementwise(g, "Not", [equal], shape, bool)
+
+
+def shift(g, e, x, by):
+    direction = "LEFT" if e.primitive.name == "shift_left" else "RIGHT"
+    (shape, dtype), kind = output(e), np.dtype(np.uint32)
+    shifted = elementwise(g, "BitShift", [g.cast(x, kind), g.cast(by, kind)], shape, kind, direction=direction)
+    return g.cast(shifted, dtype)
+
+
+def remainder(g, e, x, y):
+    shape, dtype = output(e)
+    kind = np.dtype(np.int64) if dtype == np.uint32 else dtype
+    return g.cast(elementwise(g, "Mod", [g.cast(x, kind), g.cast(y, kind)], shape, kind, fmod=1), dtype)
+
+
+def select(g, e, which, *cases):
+    shape, dtype = output(e)
+    if which.dtype == bool:
+        return elementwise(g, "Where", [which, cases[1], cases[0]], shape, dtype)
+    chosen = cases[-1]
+    for i in reversed(range(len(cases) - 1)):
+        here = elementwise(g, "Equal", [which, constant(np.array(i, which.dtype))], which.shape, bool)
+        chosen = elementwise(g, "Where", [here, cases[i], chosen], shape, dtype)
+    return chosen
+
+
+def broadcast(g, e, x):
+    (shape, _), at = output(e), e.params["broadcast_dimensions"]
+    held = [1] * len(shape)
+    for size, axis in zip(x.held or (1,) * len(x.shape), at):
+        held[axis] = size
+    if x.array is not None:
+        return constant(x.array.reshape(held), shape, x.parameter)
+    if tuple(held) != x.held:
+        x = g.reshape(Tensor(x.held, x.dtype, x.held, x.name), held)
+    return Tensor(shape, x.dtype, tuple(held), x.name)
+
+
+def squeeze(g, e, x):
+    gone = {axis % len(x.shape) for axis in e.params["dimensions"]}
+    held = tuple(size for axis, size in enumerate(x.held) if axis not in gone)
+    if x.array is not None:
+        return constant(x.array.reshape(held), output(e)[0], x.parameter)
+    small = g.reshape(Tensor(x.held, x.dtype, x.held, x.name), held)
+    return Tensor(output(e)[0], x.dtype, held, small.name)
+
+
+def iota(g, e):
+    (shape, dtype), axis = output(e), e.params["dimension"]
+    held = [1] * len(shape)
+    held[axis] = shape[axis]
+    return constant(np.arange(shape[axis]).astype(dtype).reshape(held), shape)
+
+
+def split(g, e, x):
+    axis, sizes = e.params["axis"], e.params["sizes"]
+    if x.array is not None and x.held == x.shape:
+        return [constant(p, parameter=x.parameter) for p in np.split(x.array, np.cumsum(sizes)[:-1], axis)]
+    outputs = [(v.aval.shape, x.dtype) for v in e.outvars]
+    return g.nodes_of("Split", [g.full(x), constant(np.array(sizes, np.int64))], outputs, axis=axis)
+
+
+def slice_(g, e, x):
+    starts, limits, strides = (e.params[name] for name in ("start_indices", "limit_indices", "strides"))
+    if x.array is not None and x.held == x.shape:
+        cut = tuple(map(slice, starts, limits, strides or [1] * len(starts)))
+        return constant(x.array[cut], parameter=x.parameter)
+    axes = [i for i, n in enumerate(x.shape) if (starts[i], limits[i]) != (0, n) or (strides and strides[i] != 1)]
+    if not axes:
+        return x
+    where = ([values[i] for i in axes] for values in (starts, limits, range(len(starts)), strides or [1] * len(starts)))
+    return g.node("Slice", [g.full(x), *(constant(np.array(w, np.int64)) for w in where)], *output(e))
+
+
+def pad(g, e, x, value):
+    config = np.array(e.params["padding_config"], np.int64).reshape(-1, 3)
+    if config[:, 2].any():
+        raise NotImplementedError("padding between elements")
+    amounts = constant(np.concatenate([config[:, 0], config[:, 1]]))
+    return g.node("Pad", [g.full(x), amounts, value], *output(e))
+
+
+def concatenate(g, e, *parts):
+    parts = [g.full(x) for x in parts if np.prod(x.shape)]
+    return parts[0] if len(parts) == 1 else g.node("Concat", parts, *output(e), axis=e.params["dimension"])
+
+
+def stack(g, e, *parts):
+    shape, _ = output(e)
+    axis = e.params["axis"]
+    one = (*shape[:axis], 1, *shape[axis + 1 :])
+    return g.node("Concat", [g.reshape(x, one) for x in parts], *output(e), axis=axis)
+
+
+def reduce(g, e, x):
+    shape, dtype = output(e)
+    axes = [int(axis) for axis in e.params["axes"]]
+    if not axes:
+        return x
+    kind = np.dtype(np.int32) if x.dtype == bool else x.dtype
+    inputs = [g.cast(g.full(x), kind), constant(np.array(axes, np.int64))]
+    return g.cast(g.node(REDUCTIONS[e.primitive.name], inputs, shape, kind, keepdims=0), dtype)
+
+
+def arg(g, e, x):
+    (shape, dtype), (axis,) = output(e), e.params["axes"]
+    op = "ArgMax" if e.primitive.name == "argmax" else "ArgMin"
+    x = g.cast(x, np.int32) if x.dtype == bool else x
+    return g.cast(g.node(op, [g.full(x)], shape, np.int64, axis=int(axis), keepdims=0), dtype)
+
+
+def top_k(g, e, x):
+    (values, dtype), (indices, kind) = ((v.aval.shape, v.aval.dtype) for v in e.outvars)
+    k, axis = constant(np.array([e.params["k"]], np.int64)), e.params.get("axis", -1)
+    found, at = g.nodes_of("TopK", [g.full(x), k], [(values, dtype), (indices, np.int64)], axis=axis)
+    return [found, g.cast(at, kind)]
+
+
+def cumsum(g, e, x):
+    return g.node("CumSum", [g.full(x), constant(np.int64(e.params["axis"]))], *output(e), reverse=int(e.params["reverse"]))  # fmt: skip
+
+
+def dot(g, e, x, y):
+    """Transposed and reshaped until it is MatMul: (batch, rows, contracted) times (batch, contracted, columns)."""
+    (over_x, over_y), (batch_x, batch_y) = e.params["dimension_numbers"]
+    rows, columns = (
+        [i for i in range(len(t.shape)) if i not in (*over, *batch)]
+        for t, over, batch in ((x, over_x, batch_x), (y, over_y, batch_y))
+    )
+    shape, dtype = output(e)
+    x, y = (g.cast(t, dtype) for t in (x, y))
+
+    def size(t, axes):
+        return int(np.prod([t.shape[i] for i in axes], dtype=np.int64))
+
+    batch = tuple(x.shape[i] for i in batch_x)
+    left = g.transpose(x, [*batch_x, *rows, *over_x])
+    left = g.reshape(left, (*batch, size(x, rows), size(x, over_x)))
+    right = g.transpose(y, [*batch_y, *over_y, *columns])
+    right = g.reshape(right, (*batch, size(y, over_y), size(y, columns)))
+    product = g.node("MatMul", [left, right], (*batch, size(x, rows), size(y, columns)), dtype)
+    return g.reshape(product, shape)
+
+
+def round_(g, e, x):
+    if int(e.params["rounding_method"]) != 1:
+        raise NotImplementedError("rounding of halves away from zero")
+    return elementwise(g, "Round", [x], *output(e))
+
+
+def reverse(g, e, x):
+    axes = [int(axis) for axis in e.params["dimensions"]]
+    where = ([-1] * len(axes), [np.iinfo(np.int64).min] * len(axes), axes, [-1] * len(axes))
+    return g.node("Slice", [g.full(x), *(constant(np.array(w, np.int64)) for w in where)], *output(e))
+
+
+OPERATORS: dict[str, Callable] = {
+    **{name: same(op) for name, op in SAME_NAME.items()},
+    **{name: bits(pair) for name, pair in OF_BITS.items()},
+    **dict.fromkeys(REDUCTIONS, reduce),
+    **dict.fromkeys(IDENTITIES, lambda g, e, *inputs: list(inputs)),
+    **dict.fromkeys(("shift_left", "shift_right_logical"), shift),
+    **dict.fromkeys(("argmax", "argmin"), arg),
+    "ne": not_equal,
+    "rem": remainder,
+    "select_n": select,
+    "convert_element_type": lambda g, e, x: g.cast(x, output(e)[1]),
+    "broadcast_in_dim": broadcast,
+    "squeeze": squeeze,
+    "reshape": lambda g, e, x: g.reshape(x, output(e)[0]),
+    "transpose": lambda g, e, x: g.transpose(x, e.params["permutation"]),
+    "iota": iota,
+    "split": split,
+    "slice": slice_,
+    "pad": pad,
+    "concatenate": concatenate,
+    "stack": stack,
+    "cumsum": cumsum,
+    "top_k": top_k,
+    "dot_general": dot,
+    "round": round_,
+    "rev": reverse,
+}
