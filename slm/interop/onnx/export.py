@@ -1,8 +1,8 @@
 """Models as ONNX: slm.save_onnx writes what ONNX Runtime and its like run, without this package.
 
 A folder: `forward.onnx`; of a model that can generate `start.onnx` and `decode.onnx` too; `weights.safetensors`, whose
-parts the graphs name as external data, so that they share one copy; `settings.json`. Shapes are fixed, computation is in
-float32. slm.interop.onnx.runner has the runner.
+parts the graphs name as external data, so that they share one copy; `settings.json`. Shapes are fixed, computation is
+in float32. The runner is `slm.interop.onnx.runner.Exported`.
 """
 
 import dataclasses

@@ -111,7 +111,7 @@ def _absent(dtype):
     """What jax reads outside of an array: NaN, or the number least likely to be mistaken."""
     if np.issubdtype(dtype, np.floating):
         return np.nan
-    if dtype == bool:
+    if dtype.kind == "b":
         return True
     return np.iinfo(dtype).min if np.issubdtype(dtype, np.signedinteger) else np.iinfo(dtype).max
 

@@ -45,10 +45,11 @@ def same(op: str) -> Callable:
 
 
 def _unsigned(g: Graph, op: str, inputs, shape, dtype) -> Tensor:
-    """Arithmetic modulo 2^32 on int64, whose low bits are right even where it overflows."""
-    wide = elementwise(g, op, [g.cast(x, np.int64) for x in inputs], shape, np.int64 if dtype != bool else bool)
-    if dtype == bool:
-        return wide
+    """Arithmetic modulo 2^32 on int64, whose low bits are right even where it overflows; or comparison."""
+    inputs = [g.cast(x, np.int64) for x in inputs]
+    if dtype.kind == "b":
+        return elementwise(g, op, inputs, shape, dtype)
+    wide = elementwise(g, op, inputs, shape, np.int64)
     return g.cast(elementwise(g, "BitwiseAnd", [wide, constant(np.int64(2**32 - 1))], shape, np.int64), dtype)
 
 
@@ -60,6 +61,12 @@ def not_equal(g, e, *inputs):
     shape, _ = output(e)
     equal = elementwise(g, "Equal", list(inputs), shape, bool)
     return elementwise(g, "Not", [equal], shape, bool)
+
+
+def ordered(g, e, x, y):
+    if np.issubdtype(x.dtype, np.floating):
+        raise NotImplementedError("the total order of floats")
+    return elementwise(g, {"lt_to": "Less", "le_to": "LessOrEqual"}[e.primitive.name], [x, y], *output(e))
 
 
 def shift(g, e, x, by):
@@ -136,10 +143,30 @@ def slice_(g, e, x):
 
 def pad(g, e, x, value):
     config = np.array(e.params["padding_config"], np.int64).reshape(-1, 3)
-    if config[:, 2].any():
-        raise NotImplementedError("padding between elements")
+    x, shape = g.full(x), list(x.shape)
+    for axis in np.flatnonzero(config[:, 2]):  # between elements: after each of them, less the last
+        n, gap = shape[axis], int(config[axis, 2])
+        low, high = [0] * (len(shape) + 1), [0] * (len(shape) + 1)
+        high[axis + 1] = gap
+        x = g.reshape(x, [*shape[: axis + 1], 1, *shape[axis + 1 :]])
+        wide = [*shape[: axis + 1], gap + 1, *shape[axis + 1 :]]
+        x = g.node("Pad", [x, constant(np.array(low + high)), value], wide, x.dtype)
+        shape[axis] = n * (gap + 1)
+        x = g.reshape(x, shape)
+        config[axis, 1] -= gap
     amounts = constant(np.concatenate([config[:, 0], config[:, 1]]))
-    return g.node("Pad", [g.full(x), amounts, value], *output(e))
+    return g.node("Pad", [x, amounts, value], *output(e))
+
+
+def sort(g, e, *operands):
+    if e.params["num_keys"] != 1:
+        raise NotImplementedError("several keys")
+    key, *others = map(g.full, operands)
+    axis, shape = e.params["dimension"], key.shape
+    k = constant(np.array([shape[axis]]))
+    # Of equals, TopK takes the first one first, so it is stable.
+    ordered, at = g.nodes_of("TopK", [key, k], [(shape, key.dtype), (shape, np.int64)], axis=axis, largest=0, sorted=1)
+    return [ordered, *(g.node("GatherElements", [x, at], shape, x.dtype, axis=axis) for x in others)]
 
 
 def concatenate(g, e, *parts):
@@ -179,7 +206,8 @@ def top_k(g, e, x):
 
 
 def cumsum(g, e, x):
-    return g.node("CumSum", [g.full(x), constant(np.int64(e.params["axis"]))], *output(e), reverse=int(e.params["reverse"]))  # fmt: skip
+    axis = constant(np.int64(e.params["axis"]))
+    return g.node("CumSum", [g.full(x), axis], *output(e), reverse=int(e.params["reverse"]))
 
 
 def dot(g, e, x, y):
@@ -223,6 +251,7 @@ OPERATORS: dict[str, Callable] = {
     **dict.fromkeys(IDENTITIES, lambda g, e, *inputs: list(inputs)),
     **dict.fromkeys(("shift_left", "shift_right_logical"), shift),
     **dict.fromkeys(("argmax", "argmin"), arg),
+    **dict.fromkeys(("lt_to", "le_to"), ordered),
     "ne": not_equal,
     "rem": remainder,
     "select_n": select,
@@ -239,6 +268,7 @@ OPERATORS: dict[str, Callable] = {
     "stack": stack,
     "cumsum": cumsum,
     "top_k": top_k,
+    "sort": sort,
     "dot_general": dot,
     "round": round_,
     "rev": reverse,
