@@ -93,12 +93,9 @@ def _scan(g: Graph, e, inputs) -> list[Tensor]:
     outputs = [(g.fresh(), x) for x in found]
     graph = body.proto(g.fresh(), [*states, *items], outputs)
     way, results = int(p["reverse"]), len(found) - len(carry)
-    return g.nodes_of(
-        "Scan",
-        [g.full(x) for x in (*carry, *xs)],
-        [(v.aval.shape, v.aval.dtype) for v in e.outvars],
-        body=graph,
-        num_scan_inputs=len(xs),
-        scan_input_directions=[way] * len(xs),
-        scan_output_directions=[way] * results,
-    )
+    directions = {"scan_input_directions": [way] * len(xs)}
+    if results:
+        directions["scan_output_directions"] = [way] * results
+    whole = [g.full(x) for x in (*carry, *xs)]
+    outputs = [(v.aval.shape, v.aval.dtype) for v in e.outvars]
+    return g.nodes_of("Scan", whole, outputs, body=graph, num_scan_inputs=len(xs), **directions)

@@ -56,11 +56,13 @@ def save_onnx(
         raise ConfigError("ONNX files are written with the package onnx: pip install onnx")
     if batch < 1 or length < 1:
         raise ConfigError("batch and length must be at least 1")
+    if cache_dtype is not None and jnp.dtype(cache_dtype) not in (jnp.float32, jnp.float16):
+        raise ConfigError(f"cache_dtype = {jnp.dtype(cache_dtype).name}: it must be float32 or float16")
     if model.config.model.position == "learned" and length > model.config.model.max_length:
         raise ConfigError(f"length = {length}: this model has {model.config.model.max_length} learned positions")
     transformer = Transformer(_plain(model.config.model), jnp.float32)
     flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf, np.float32)
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float32, order="C")
         for path, leaf in jax.tree.leaves_with_path(model.params)
     }
     folder = Path(folder)

@@ -2,6 +2,7 @@
 
 import bisect
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ OPSET = 18
 IR_VERSION = 10
 INLINE = 2**20
 """Most elements of a constant that is no parameter: what is larger belongs into the computation."""
+SMALL = 4096
+"""Elements of a constant that is cheaper to store than to broadcast when it runs."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Parameters:
     def place(self, view: np.ndarray) -> tuple[str, int] | None:
         """(name, offset in the file) of a contiguous view of one of the arrays; None if it is none."""
         at = bisect.bisect_right(self._starts, (view.ctypes.data, chr(0x10FFFF))) - 1
-        if at < 0 or not view.flags.c_contiguous:
+        if at < 0 or not view.size or not view.flags.c_contiguous:
             return None
         start, name = self._starts[at]
         inside = view.ctypes.data - start
@@ -115,10 +118,8 @@ class Graph:
         """`x` with nothing left to broadcast."""
         if x.held == x.shape:
             return x
-        if x.array is not None and (x.array.size == 1 or np.prod(x.shape) <= INLINE) and not x.parameter:
-            array = np.ascontiguousarray(x.whole)
-            if array.size <= 4096:
-                return constant(array)
+        if x.array is not None and not x.parameter and math.prod(x.shape) <= SMALL:
+            return constant(np.asarray(x.whole, order="C"))
         return self.node("Expand", [x, constant(np.array(x.shape, np.int64))], x.shape, x.dtype)
 
     def reshape(self, x: Tensor, shape) -> Tensor:
@@ -137,7 +138,7 @@ class Graph:
             return x
         shape, held = (tuple(s[i] for i in axes) for s in (x.shape, x.held))
         if x.array is not None and not x.parameter:
-            return constant(np.ascontiguousarray(x.array.transpose(axes)), shape)
+            return constant(np.asarray(x.array.transpose(axes), order="C"), shape)
         return self.node("Transpose", [x], shape, x.dtype, held, perm=axes)
 
     def cast(self, x: Tensor, dtype) -> Tensor:
@@ -156,7 +157,7 @@ class Graph:
 
         array, place = x.array, None
         if x.parameter and self.parameters is not None:
-            array = np.ascontiguousarray(array)
+            array = np.asarray(array, order="C")
             place = self.parameters.place(array)
         key = (place or array.tobytes(), array.shape, array.dtype.str)
         if key in self.known:

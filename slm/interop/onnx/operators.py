@@ -162,11 +162,12 @@ def sort(g, e, *operands):
     if e.params["num_keys"] != 1:
         raise NotImplementedError("several keys")
     key, *others = map(g.full, operands)
-    axis, shape = e.params["dimension"], key.shape
-    k = constant(np.array([shape[axis]]))
+    axis, shape, kind = e.params["dimension"], key.shape, key.dtype
+    key = g.cast(key, np.int32) if kind.kind == "b" else key
+    inputs, outputs = [key, constant(np.array([shape[axis]]))], [(shape, key.dtype), (shape, np.int64)]
     # Of equals, TopK takes the first one first, so it is stable.
-    ordered, at = g.nodes_of("TopK", [key, k], [(shape, key.dtype), (shape, np.int64)], axis=axis, largest=0, sorted=1)
-    return [ordered, *(g.node("GatherElements", [x, at], shape, x.dtype, axis=axis) for x in others)]
+    found, at = g.nodes_of("TopK", inputs, outputs, axis=axis, largest=0, sorted=1)
+    return [g.cast(found, kind), *(g.node("GatherElements", [x, at], shape, x.dtype, axis=axis) for x in others)]
 
 
 def concatenate(g, e, *parts):
@@ -234,7 +235,7 @@ def dot(g, e, x, y):
 
 def round_(g, e, x):
     if int(e.params["rounding_method"]) != 1:
-        raise NotImplementedError("rounding of halves away from zero")
+        raise NotImplementedError("halves away from zero")
     return elementwise(g, "Round", [x], *output(e))
 
 
