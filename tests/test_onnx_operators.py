@@ -74,7 +74,7 @@ CASES = {
     "select among three": (lambda x: lax.select_n(x % 3, x, 10 * x, -x), abs(WHOLE)),
     "booleans": (lambda x: ((x > 0) ^ (x < 1), ~(x != 3) | (x >= 5), (x > 0).any(0), (x > 0).all(1)), WHOLE),
     "bits": (lambda x: (x & 5, x | 8, x ^ 3, ~x), WHOLE),
-    "unsigned": (lambda x: (x * np.uint32(2654435761), x + 7, x - 9, x % 10, x >> 16, x << 5, x ^ (x >> 3), x > 5), WIDE),
+    "unsigned": (lambda x: (x * np.uint32(2654435761), x + 7, x - 9, x % 10, x >> 16, x << 5, x ^ 3, x > 5), WIDE),
     "casts": (lambda x: (x.astype(jnp.int32), (x > 0).astype(jnp.float32), x.astype(bool)), 3 * X),
     "sums": (lambda x: (x.sum(1), x.max((0, 2)), x.min(), x.prod(2), jnp.argmin(x, 1), jnp.argmax(x, 2)), X),
     "cumsum": (lambda x: (jnp.cumsum(x, 1), lax.cumsum(x, 2, reverse=True)), X),
@@ -101,6 +101,8 @@ CASES = {
         lambda x, i: lax.dynamic_update_slice(x, x[:2, :2] * 0, (i[0], i[1], 0)), X, np.array([9, 1], np.int32)),
     "scan": (loop, X),
     "loop without items": (lambda x: lax.fori_loop(0, 4, lambda i, x: x * 0.5 + i, x), X),
+    "transposed, then broadcast": (
+        lambda x: jnp.broadcast_to(x[:, :1], X.shape).transpose(1, 0, 2) + x[0, :, None, :1], X),
     "broadcast at last": (lambda x: jnp.broadcast_to(x[:, :1], X.shape).sum(1) + jnp.broadcast_to(1.5, (3, 5)), X),
 }  # fmt: skip
 
