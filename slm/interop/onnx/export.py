@@ -44,7 +44,8 @@ def save_onnx(
       (B,), positions (B,), cache/... -> logits (B, V), new_cache/.... Of others: forward: tokens (B, T), mask (B, T),
       1 for tokens and 0 for padding[, token_types (B, T)] -> answer, as slm.logits gives it. Integers are int32,
       positions count from 0, answers are float32. Initializers have the paths of parameters, with /i for layer i of
-      those that are stacked.
+      those that are stacked. LongRoPE takes the factors of a call's last position: steps and
+      forward pass differ where a text is longer than the trained length.
 
     Raises:
       ConfigError: the model computes something that is not converted, a size cannot be, or the package onnx is missing.

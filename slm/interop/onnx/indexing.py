@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from slm.interop.onnx.graph import INLINE, Graph, Tensor, constant
-from slm.interop.onnx.operators import output
+from slm.interop.onnx.shapes import output
 
 CLIP, FILL, PROMISE = "CLIP", "FILL_OR_DROP", "PROMISE_IN_BOUNDS"
 REDUCTIONS = {"scatter": "none", "scatter-add": "add", "scatter-mul": "mul", "scatter-min": "min", "scatter-max": "max"}
