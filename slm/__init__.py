@@ -38,6 +38,7 @@ _HOME = {
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_file",
     "save_stablehlo": "slm.interop.stablehlo",
+    "save_onnx": "slm.interop.onnx.export",
 }
 __all__ = list(_HOME)
 

@@ -21,7 +21,7 @@ LONGEST = 450
 HEAVY = {
     "grain", "tensorflow", "tensorflow_datasets", "array_record", "pyarrow", "tokenizers", "transformers", "torch",
     "orbax", "tyro", "safetensors", "huggingface_hub", "gguf", "jinja2", "rich", "matplotlib", "tensorboardX", "wandb",
-    "starlette", "uvicorn", "httpx",
+    "starlette", "uvicorn", "httpx", "onnx", "onnxruntime",
 }  # fmt: skip
 
 # Room (a folder of slm/, or a file directly in it) to what its files may import of slm besides their own room: at the

@@ -103,12 +103,16 @@ def logits(model: LanguageModel, tokens, attention_mask=None, token_type_ids=Non
         token_type_ids = jnp.asarray(token_type_ids, jnp.int32)
     if m.position == "learned" and tokens.shape[1] > m.max_length:
         raise ValueError(f"{tokens.shape[1]} tokens exceed the {m.max_length} learned positions of this model")
+    return answers(model.transformer, model.params, tokens, attention_mask, token_type_ids)
+
+
+def answers(transformer: Transformer, params, tokens, attention_mask=None, token_type_ids=None):
+    """`logits` as a pure function of parameters and arrays, for whoever traces it."""
     segment_ids = positions = None
     if attention_mask is not None:
         segment_ids = jnp.asarray(attention_mask, jnp.int32)
         positions = jnp.maximum(jnp.cumsum(segment_ids, 1) - 1, 0)
-    transformer = model.transformer
     hidden, _ = transformer.hidden(
-        model.params, tokens, segment_ids=segment_ids, positions=positions, token_types=token_type_ids
+        params, tokens, segment_ids=segment_ids, positions=positions, token_types=token_type_ids
     )
-    return transformer.answer(model.params, hidden, segment_ids)
+    return transformer.answer(params, hidden, segment_ids)
