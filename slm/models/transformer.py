@@ -148,8 +148,8 @@ class Transformer:
         return x, None if cache is None else new_cache, states
 
     def _run(self, pattern, params, x, context, depths, cache, keep):
-        """Layers of one group, by scan or by a loop over slices of the same stacked trees: (x, new cache or None, x after
-        each layer (repeats, pattern, B, T, D) if `keep`)."""
+        """Layers of one group, by scan or by a loop over slices of the same stacked trees: (x, new cache or None, if
+        `keep` x after each layer (repeats, pattern, B, T, D))."""
 
         def period(x, one):
             period_params, first, period_cache = one
