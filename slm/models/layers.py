@@ -8,32 +8,51 @@ import jax
 import jax.numpy as jnp
 
 from slm.config import ModelConfig
+from slm.models.int8 import Int8Matrix, int8_product
 
 
 def dense(
     features: int, name: str, cfg: ModelConfig, dtype: Any, std: float | None = None, part: str = "qkv"
-) -> nn.Dense:
+) -> "Dense":
     """A projection x (..., in) -> (..., features) with kernel (in, features), normal(std or cfg.init_std).
 
     It has a bias if `part` is in cfg.bias.
     """
-    init = nn.initializers.normal(cfg.init_std if std is None else std)
-    product = materialised_dot_general if jax.default_backend() == "cpu" else jax.lax.dot_general
-    return nn.Dense(features, use_bias=part in cfg.bias, dtype=dtype, kernel_init=init, dot_general=product, name=name)
+    return Dense(features, dtype, cfg.init_std if std is None else std, part in cfg.bias, name=name)
 
 
-def materialised_dot_general(x, kernel, dimension_numbers, precision=None):
-    """x (..., in) times kernel (in, out), as nn.Dense asks for it, with operands materialised in the backward pass.
+class Dense(nn.Module):
+    """x kernel + bias, in `dtype`. The kernel may be an Int8Matrix."""
 
-    XLA:CPU transposes x for the kernel's gradient, and fuses whatever made x (an activation, a norm) into that strided
-    copy, which then costs more than the product itself: about a sixth of a training step (benchmarks/README.md).
-    """
-    del dimension_numbers, precision
-    return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    features: int
+    dtype: Any
+    std: float
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(kernel, Int8Matrix):
+            product = int8_product(rows, kernel)
+        elif jax.default_backend() == "cpu":
+            product = _product(rows, kernel.astype(self.dtype))
+        else:
+            product = rows @ kernel.astype(self.dtype)
+        y = product.reshape(*x.shape[:-1], self.features)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        return y
 
 
 @jax.custom_vjp
 def _product(x, kernel):
+    """x (N, in) times kernel (in, out), with operands materialised in the backward pass.
+
+    XLA:CPU transposes x for the kernel's gradient, and fuses whatever made x (an activation, a norm) into that strided
+    copy, which then costs more than the product itself: about a sixth of a training step (benchmarks/README.md).
+    """
     return x @ kernel
 
 

@@ -21,6 +21,7 @@ from slm.errors import ConfigError
 from slm.models.blocks import block
 from slm.models.embedding import embed, init_embedding
 from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
+from slm.models.int8 import Int8Matrix, int8_product
 from slm.models.layers import norm
 from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
 from slm.models.rope import rope_tables
@@ -201,14 +202,17 @@ class Transformer:
     def logits(self, params, hidden) -> jax.Array:
         """float32 (..., V) from hidden (..., D), soft-capped if the config says so."""
         hidden = self._transformed(params, hidden)
-        kernel = self.unembedding(params).astype(hidden.dtype)
-        if self.cfg.tied and hidden.ndim == 2:
+        kernel = self.unembedding(params)
+        if isinstance(kernel, Int8Matrix):
+            rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
+            logits = int8_product(rows, kernel).reshape(*hidden.shape[:-1], -1)
+        elif self.cfg.tied and hidden.ndim == 2:
             # A decode step has few rows. XLA:CPU computes embedding x hidden at memory speed and hidden x embedding^T
             # 2 to 20 times slower; the barrier keeps it from turning the one into the other.
-            product = jnp.dot(kernel.T, hidden.T, preferred_element_type=jnp.float32)
+            product = jnp.dot(kernel.T.astype(hidden.dtype), hidden.T, preferred_element_type=jnp.float32)
             logits = jax.lax.optimization_barrier(product).T
         else:
-            logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+            logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
         if self.cfg.logit_divisor != 1:
             logits /= self.cfg.logit_divisor
         if has_bias(self.cfg):
