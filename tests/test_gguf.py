@@ -1,49 +1,29 @@
 """GGUF: what is written reads back, quantized within a block's error; damaged files end in one clear error."""
 
 import dataclasses
+import functools
 import json
 
 import jax
 import numpy as np
 import pytest
+from tiny_gguf import MODELS, TEXT, made
 
 import slm
-from slm.config import MixerConfig, ModelConfig, RopeConfig
+from slm.config import RopeConfig
 from slm.data.tokenizers import build_tokenizer
 from slm.errors import ConfigError, SlmError
+from slm.interop.families import FAMILIES
 from slm.interop.gguf_tokenizer import SPLITTERS, read_tokenizer
-from slm.models.language_model import LanguageModel
+from slm.models.language_model import Origin
 from slm.models.transformer import Transformer
 
 gguf = pytest.importorskip("gguf")
-TEXT = "the cat sat on the mat, the dog sat on the cat, 2048 mats and hats. " * 20
-LLAMA = ModelConfig(
-    vocab_size=288, layers=2, width=64, heads=4, kv_heads=2, mlp_width=96, mixer=MixerConfig(qk_norm="none"), tied=False
-)
-MODELS = {
-    "llama": LLAMA,
-    "llama 3": dataclasses.replace(
-        LLAMA,
-        tied=True,
-        rope=RopeConfig(theta=500.0, scaling="llama3", factor=4.0, original_length=16, slow=1.0, fast=4.0),
-    ),
-    "qwen2": dataclasses.replace(LLAMA, bias=("qkv",)),
-    "qwen3": dataclasses.replace(LLAMA, mixer=MixerConfig(), head_dim=32, tied=True),
-}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer("bpe:280", lambda: iter([TEXT]))
-
-
-def made(name, tokenizer):
-    cfg = MODELS[name]
-    params = Transformer(cfg).init(jax.random.key(0))
-    # Norms and biases begin as ones and zeros, which would hide a mistake.
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
-    return LanguageModel(params, slm.Experiment(model=cfg), tokenizer)
 
 
 TOKENS = np.arange(24)[None] * 7 % 280
@@ -53,13 +33,16 @@ TOKENS = np.arange(24)[None] * 7 % 280
 def test_what_is_written_reads_back(name, tokenizer, tmp_path):
     model = made(name, tokenizer)
     again = slm.from_pretrained(slm.save_gguf(model, tmp_path / "model.gguf", "F32"))
-    jax.tree.map(np.testing.assert_array_equal, model.params, again.params)
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.architecture"].contents() == name.split()[0]
+    # Gemma's norms are stored plus one, which costs their last bits.
+    near = functools.partial(np.testing.assert_allclose, atol=1e-7)
+    jax.tree.map(near if "gemma" in name else np.testing.assert_array_equal, model.params, again.params)
     np.testing.assert_allclose(slm.logits(again, TOKENS), slm.logits(model, TOKENS), atol=1e-4)
     for text in ("the cat sat", "a hat\n\n 1234 é", ""):
         np.testing.assert_array_equal(again.tokenizer.encode(text), tokenizer.encode(text))
     # And on to a Hugging Face folder, with everything that belongs to it.
     folder = slm.save_pretrained(again, tmp_path / "folder")
-    np.testing.assert_allclose(slm.logits(slm.from_pretrained(folder), TOKENS), slm.logits(model, TOKENS), atol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, slm.from_pretrained(folder).params, again.params)
 
 
 def test_queries_and_keys_stand_in_the_order_of_llama_cpp(tokenizer, tmp_path):
@@ -117,14 +100,53 @@ def test_what_has_no_form_in_gguf_is_refused(tokenizer, tmp_path):
         slm.save_gguf(model, tmp_path / "x.gguf", "Q4_K")
     with pytest.raises(ConfigError, match="no tokenizer"):
         slm.save_gguf(dataclasses.replace(model, tokenizer=None), tmp_path / "x.gguf")
-    gpt2 = ModelConfig(vocab_size=300, width=32, layers=1, norm="layernorm", mlp="gelu", position="learned",
-                       max_length=8, bias=("qkv", "out", "mlp", "norm"), mixer=MixerConfig(qk_norm="none"))  # fmt: skip
-    other = LanguageModel(Transformer(gpt2).init(jax.random.key(0)), slm.Experiment(model=gpt2), tokenizer)
-    with pytest.raises(ConfigError, match="family gpt2 are not written as GGUF"):
-        slm.save_gguf(other, tmp_path / "x.gguf")
     chars = build_tokenizer("chars", lambda: iter([TEXT]))
     with pytest.raises(ConfigError, match="this tokenizer"):
         slm.save_gguf(dataclasses.replace(model, tokenizer=chars), tmp_path / "x.gguf")
+
+
+def test_a_setting_that_the_file_would_lose_is_refused_and_named(tokenizer, tmp_path):
+    def refused(name, **changes):
+        model = made(name, tokenizer)
+        cfg = dataclasses.replace(model.config.model, **changes)
+        params = Transformer(cfg).init(jax.random.key(0))
+        model = dataclasses.replace(model, config=slm.Experiment(model=cfg), params=params)
+        with pytest.raises(ConfigError) as error:
+            slm.save_gguf(model, tmp_path / "x.gguf")
+        assert not (tmp_path / "x.gguf").exists()
+        return str(error.value)
+
+    # llama.cpp turns all but every fourth layer, and scales Gemma's scores by the size of a head.
+    message = refused("smollm3", attention=("softmax", "nope_softmax"))
+    assert message == "GGUF's smollm3 cannot express this model's model.mixer.rope_fraction"
+    mixer = dataclasses.replace(MODELS["gemma2"].mixer, scale=0.5)
+    assert "model.mixer.scale" in refused("gemma2", mixer=mixer)
+    mixer = dataclasses.replace(MODELS["gemma2"].mixer, softcap=0.0)
+    assert "model.mixer.softcap" in refused("gemma2", mixer=mixer)
+    assert "model.rope.fast" in refused("llama", rope=RopeConfig(scaling="yarn", factor=4.0, original_length=16,
+                                                               fast=20.0, magnitude=1.1386294))  # fmt: skip
+    assert "models of family mistral" in refused(
+        "llama", attention=("window",), mixer=dataclasses.replace(MODELS["llama"].mixer, window=4)
+    )
+
+
+def test_a_family_without_an_architecture_goes_by_one_that_says_the_same(tokenizer, tmp_path):
+    model = made("llama", tokenizer)
+    hf = FAMILIES["mistral"].write(model.config.model)
+    model = dataclasses.replace(model, origin=Origin("mistral", hf, "float32", {}))
+    path = slm.save_gguf(model, tmp_path / "model.gguf", "F32")
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == "llama"
+    jax.tree.map(np.testing.assert_array_equal, slm.from_pretrained(path).params, model.params)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3 long", "gptneox", "granite"])
+def test_every_key_is_one_of_llama_cpp(name, tokenizer, tmp_path):
+    sections = [gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope, gguf.Keys.SSM, gguf.Keys.General,
+                gguf.Keys.Tokenizer]  # fmt: skip
+    arch = name.split()[0]
+    known = {key.replace("{arch}", arch) for part in sections for key in vars(part).values() if isinstance(key, str)}
+    reader = gguf.GGUFReader(slm.save_gguf(made(name, tokenizer), tmp_path / "model.gguf", "F32"))
+    assert {key for key in reader.fields if not key.startswith("GGUF.")} <= known
 
 
 DAMAGE = {

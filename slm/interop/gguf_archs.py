@@ -1,10 +1,9 @@
-"""What each general.architecture of GGUF keeps in its metadata, and which tensors it stores otherwise than Hugging Face.
+"""What each general.architecture of GGUF keeps in its metadata, and which tensors it stores in a way of its own.
 
 Names and meanings are those of the gguf package (gguf.constants) and of llama.cpp's loaders. An architecture can hold a
 model if and only if the config read back from its metadata is the same model, so no list here says what it cannot.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -245,7 +244,8 @@ def gemma2(f: Fields) -> dict:
 
 
 def write_gemma2(cfg: ModelConfig) -> dict:
-    return _write_capped(cfg, 2) | {"attn_logit_softcapping": cfg.mixer.softcap or 0.0}
+    # Left out, a cap is llama.cpp's own; zero would be divided by.
+    return _write_capped(cfg, 2) | ({"attn_logit_softcapping": cfg.mixer.softcap} if cfg.mixer.softcap else {})
 
 
 def gemma3(f: Fields) -> dict:

@@ -87,7 +87,8 @@ def _opened(path: Path, reader: Any) -> tuple[dict, GGUFTensors, dict, Origin]:
     by_name = {tensor.name: tensor for tensor in reader.tensors}
     hf = _config(arch, name, values, by_name)
     cfg = FAMILIES[arch.family].read(hf)
-    theirs_of = {ours: theirs for theirs, ours in _gguf_names(name, cfg, bind(cfg, FAMILIES[arch.family].names)).items()}
+    names = _gguf_names(name, cfg, bind(cfg, FAMILIES[arch.family].names))
+    theirs_of = {ours: theirs for theirs, ours in names.items()}
     tensors = {theirs_of.get(key, key): tensor for key, tensor in by_name.items() if key not in SETTINGS}
     beside = path.with_name("tokenizer.json")
     tokenizer = read_json(beside) if beside.is_file() else read_tokenizer(values)
@@ -131,7 +132,9 @@ def _config(arch: Arch, name: str, values: dict, by_name: dict) -> dict:
     tensors = {key: lambda tensor=tensor: np.asarray(tensor.data) for key, tensor in by_name.items()}
     fields = Fields(name, values, int(embedding.shape[1]), tensors)
     if not 0 < fields.get("block_count") <= len(by_name):  # before anything is made for each layer
-        raise CheckpointError(f"{name}.block_count = {fields.get('block_count')}: the file holds {len(by_name)} tensors")
+        raise CheckpointError(
+            f"{name}.block_count = {fields.get('block_count')}: the file holds {len(by_name)} tensors"
+        )
     hf = {"architectures": [FAMILIES[arch.family].architecture], "model_type": arch.family} | arch.read(fields)
     for kind in ("bos", "eos", "padding"):
         if (number := values.get(f"tokenizer.ggml.{kind}_token_id")) is not None:
@@ -209,11 +212,11 @@ def save_gguf(model: LanguageModel, path: str | Path, quantization: str = "F16")
 
 
 def _described(family: str, cfg: ModelConfig, longest: int) -> tuple[str, dict, list[Bound], dict[str, str]]:
-    """(architecture, metadata, links, names) of a model: of its family's architecture, else of the first that can hold
-    it. Raises ConfigError if none can, saying what the family's own cannot express."""
+    """(architecture, metadata, links, names) of a model: its family's architecture, or Llama's for a family without one.
+    Raises ConfigError if that cannot express the model, saying what it would lose."""
     own = [name for name, arch in ARCHS.items() if arch.family == family]
     why = f"models of family {family} are not written as GGUF, only {', '.join(ARCHS)}"
-    for name in own or ARCHS:
+    for name in own or ["llama"]:
         arch = ARCHS[name]
         try:
             values = arch.write(cfg) | {"context_length": longest}
