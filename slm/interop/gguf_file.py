@@ -212,8 +212,10 @@ def save_gguf(model: LanguageModel, path: str | Path, quantization: str = "F16")
 
 
 def _described(family: str, cfg: ModelConfig, longest: int) -> tuple[str, dict, list[Bound], dict[str, str]]:
-    """(architecture, metadata, links, names) of a model: its family's architecture, or Llama's for a family without one.
-    Raises ConfigError if that cannot express the model, saying what it would lose."""
+    """(architecture, metadata, links, names) of a model: its family's architecture, or Llama's where it has none.
+
+    Raises ConfigError if that cannot express the model, saying what it would lose.
+    """
     own = [name for name, arch in ARCHS.items() if arch.family == family]
     why = f"models of family {family} are not written as GGUF, only {', '.join(ARCHS)}"
     for name in own or ["llama"]:

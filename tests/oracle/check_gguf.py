@@ -44,11 +44,12 @@ def main():
             folder = Path(folder)
             np.save(folder / "tokens.npy", tokens)
             model = made(name, tokenizer)
-            job = {"model": str(slm.save_gguf(model, folder / "model.gguf", "F32")), "cache": "F32", "threads": 2,
+            file = slm.save_gguf(model, folder / "model.gguf", "F32")
+            job = {"task": "logits", "keep": len(tokens), "model": str(file), "cache": "F32", "threads": 2,
                    "tokens": str(folder / "tokens.npy"), "logits": str(folder / "logits.npy"),
                    "text": TEXT}  # fmt: skip
             (folder / "job.json").write_text(json.dumps(job))
-            peer = ROOT / "benchmarks" / "peers" / "llama_cpp_logits.py"
+            peer = ROOT / "benchmarks" / "peers" / "known_llama_cpp.py"
             done = subprocess.run(
                 [options.llama_python, str(peer), str(folder / "job.json")], capture_output=True, text=True
             )
