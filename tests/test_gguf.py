@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax
 import numpy as np
 import pytest
-from tiny_gguf import MODELS, TEXT, made
+from tiny_gguf import MODELS, TEXT, made, pieces
 
 import slm
 from slm.config import RopeConfig
 from slm.data.tokenizers import build_tokenizer
 from slm.errors import ConfigError, SlmError
 from slm.interop.families import FAMILIES
-from slm.interop.gguf_tokenizer import SPLITTERS, read_tokenizer
+from slm.interop.gguf_file import GGUFTensors
+from slm.interop.gguf_tokenizer import SPLITTERS, read_tokenizer, write_tokenizer
 from slm.models.language_model import Origin
 from slm.models.transformer import Transformer
 
@@ -67,6 +69,52 @@ def test_quantized_files_keep_what_their_blocks_can(kind, error, tokenizer, tmp_
     np.testing.assert_array_equal(*norms)
 
 
+def k_quants(kind: str, raw: bytes) -> list[float]:
+    """256 numbers of one block, by the layouts that ggml's headers describe."""
+    half = [float(x) for x in np.frombuffer(raw, np.float16)] if len(raw) % 2 == 0 else []
+    if kind == "Q6_K":  # 128 low nibbles x2, 64 x 4 high pairs, 16 int8 scales, one float16
+        low, high, scales, d = raw[:128], raw[128:192], np.frombuffer(raw[192:208], np.int8), half[104]
+        out = []
+        for i in range(256):
+            part, at = divmod(i, 128)
+            quarter, lane = divmod(at, 32)
+            nibble = low[64 * part + 32 * (quarter % 2) + lane] >> 4 * (quarter // 2) & 15
+            pair = high[32 * part + lane] >> 2 * quarter & 3
+            out.append(d * int(scales[i // 16]) * ((nibble | pair << 4) - 32))
+        return out
+    d, smallest, packed = half[0], half[1], raw[4:16]  # 8 scales and 8 minima of six bits in 12 bytes
+    scales = [packed[i] & 63 for i in range(4)] + [packed[i + 8] & 15 | packed[i] >> 6 << 4 for i in range(4)]
+    minima = [packed[i + 4] & 63 for i in range(4)] + [packed[i + 8] >> 4 | packed[i + 4] >> 6 << 4 for i in range(4)]
+    fifth, low = (raw[16:48], raw[48:]) if kind == "Q5_K" else (bytes(32), raw[16:])
+    out = []
+    for i in range(256):
+        group, lane = divmod(i, 32)
+        nibble = low[32 * (group // 2) + lane] >> 4 * (group % 2) & 15
+        out.append(d * scales[group] * (nibble | (fifth[lane] >> group & 1) << 4) - smallest * minima[group])
+    return out
+
+
+@pytest.mark.parametrize(("kind", "size"), [("Q4_K", 144), ("Q5_K", 176), ("Q6_K", 210)])
+def test_k_quants_read_as_their_layouts_say(kind, size, tmp_path):
+    draw = np.random.default_rng(0)
+    raw = draw.integers(0, 256, (3, 2 * size), dtype=np.uint8)
+    for block in range(2):  # the float16 of a block are kept small and finite
+        for at in [208] if kind == "Q6_K" else [0, 2]:
+            scale = draw.standard_normal(3).astype(np.float16)[:, None].view(np.uint8)
+            raw[:, block * size + at : block * size + at + 2] = scale
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tensor("x", raw, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tensor,) = gguf.GGUFReader(tmp_path / "x.gguf").tensors
+    tensors = GGUFTensors({"x": tensor}, lambda name, data: data)
+    assert tensors.shape("x") == (3, 512)
+    expected = [[x for block in (row[:size], row[size:]) for x in k_quants(kind, block.tobytes())] for row in raw]
+    np.testing.assert_allclose(tensors.read("x"), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_settings_and_chat_template_travel(tokenizer, tmp_path):
     model = made("llama", tokenizer)
     origin_folder = slm.save_pretrained(model, tmp_path / "folder")
@@ -94,9 +142,63 @@ def test_each_splitting_rule_makes_a_tokenizer(rule):
     assert pieces == expected[rule]
 
 
+def spelled(pieces: dict[str, float], text: str) -> list[str]:
+    """SentencePiece's rule by its definition: join the neighbours of highest joint score, the leftmost of equals."""
+    symbols = list(text)
+    while True:
+        pairs = [(-pieces[a + b], at) for at, (a, b) in enumerate(itertools.pairwise(symbols)) if a + b in pieces]
+        if not pairs:
+            return symbols
+        at = min(pairs)[1]
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_pieces_with_scores_make_a_tokenizer_and_back(prefix):
+    from tokenizers import Tokenizer as Backend
+
+    from slm.data.tokenizers import Tokenizer
+
+    fields = pieces(prefix)
+    tokenizer = Tokenizer(Backend.from_str(json.dumps(read_tokenizer(fields))))
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    scores = {t: s for t, k, s in zip(tokens, types, fields["tokenizer.ggml.scores"]) if k == 1}
+    for text in ("the cat sat on  the mats, cats, hats", "2048 that", "thecatsatonthemat"):
+        expected = spelled(scores, "\u2581" * prefix + text.replace(" ", "\u2581"))
+        assert [tokens[i] for i in tokenizer.encode(text)] == expected
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [tokens[i] for i in tokenizer.encode("é")] == ["\u2581"] * prefix + ["<0xC3>", "<0xA9>"]
+    assert [tokens[i] for i in tokenizer.encode("<|user|></s>", markers=True)][-2:] == ["<|user|>", "</s>"]
+    assert tokenizer.backend.encode("a").ids[0] == 1  # <s>
+    written = write_tokenizer(tokenizer, len(tokens))
+    assert (written["tokens"], written["types"], written["space_prefix"]) == (tokens, types, prefix)
+    again = read_tokenizer(fields | {"tokenizer.ggml.scores": written["scores"]})
+    assert again["model"]["merges"] == json.loads(tokenizer.backend.to_str())["model"]["merges"]
+
+
+def test_merges_that_no_scores_give_are_refused():
+    from tokenizers import Tokenizer as Backend
+
+    from slm.data.tokenizers import Tokenizer
+
+    parts = read_tokenizer(pieces())
+    parts["model"]["merges"] = parts["model"]["merges"][1:]
+    with pytest.raises(ConfigError, match="not those of SentencePiece"):
+        write_tokenizer(Tokenizer(Backend.from_str(json.dumps(parts))), 400)
+
+
+def test_a_damaged_tokenizer_of_pieces_ends_in_one_clear_error():
+    fields = pieces()
+    with pytest.raises(SlmError, match="lists of tokens, types and scores differ"):
+        read_tokenizer(fields | {"tokenizer.ggml.scores": [0.0]})
+    fields["tokenizer.ggml.tokens"][-1] = "a" * 100_000
+    with pytest.raises(SlmError, match="a token has 100000 characters"):
+        read_tokenizer(fields)
+
+
 def test_what_has_no_form_in_gguf_is_refused(tokenizer, tmp_path):
     model = made("llama", tokenizer)
-    with pytest.raises(ConfigError, match="one of F32"):
+    with pytest.raises(ConfigError, match=r"one of F32.*only read K-quants, llama.cpp's llama-quantize makes them"):
         slm.save_gguf(model, tmp_path / "x.gguf", "Q4_K")
     with pytest.raises(ConfigError, match="no tokenizer"):
         slm.save_gguf(dataclasses.replace(model, tokenizer=None), tmp_path / "x.gguf")

@@ -9,6 +9,7 @@ import numpy as np
 import slm
 from slm.config import MixerConfig, ModelConfig, RopeConfig
 from slm.interop.families import FAMILIES
+from slm.interop.gguf_sentencepiece import SPACE
 from slm.models.language_model import LanguageModel, Origin
 from slm.models.transformer import Transformer
 
@@ -26,6 +27,7 @@ LONG = RopeConfig(
     short_factors=tuple(1 + 0.1 * i for i in range(6)), long_factors=tuple(1 + 0.5 * i for i in range(6)),
 )  # fmt: skip
 MODELS = {
+    "llama of pieces": dataclasses.replace(LLAMA, vocab_size=330),
     "llama": LLAMA,
     "llama biased": dataclasses.replace(LLAMA, bias=("qkv", "out")),
     "llama 3": dataclasses.replace(
@@ -75,6 +77,30 @@ MODELS = {
 """Name to model; the first word is the architecture that it is written as."""
 FAMILY = {"phi3": "phi3"}
 """The family that a model comes from, where another one could express it too."""
+
+
+def pieces(prefix: bool = True) -> dict:
+    """Metadata of a tokenizer as SentencePiece makes them, bytes, characters, words' beginnings."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "<|user|>"]
+    types = [2, 3, 3, *[6] * 256, 4]
+    scores = [0.0] * len(tokens)
+    words = TEXT.replace(" ", SPACE).split(SPACE)
+    longer = {SPACE + word[:n] for word in words for n in range(1, len(word) + 1)} | {
+        "at",
+        "he",
+        "th",
+        "cat",
+        SPACE * 2,
+    }
+    for rank, piece in enumerate([SPACE, *sorted(set("".join(words))), *sorted(longer - {SPACE})]):
+        tokens.append(piece)
+        types.append(1)
+        scores.append(-float(rank * 7 % 61))
+    return {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": scores, "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.add_bos_token": True,
+    }  # fmt: skip
 
 
 def made(name: str, tokenizer) -> LanguageModel:

@@ -288,21 +288,30 @@ def _write_tokens(writer, model: LanguageModel, hf: dict) -> None:
     if model.tokenizer is None:
         raise ConfigError("GGUF: the model has no tokenizer, without which llama.cpp does not load it")
     parts = write_tokenizer(model.tokenizer, model.config.model.vocab_size)
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(parts["model"])
     writer.add_tokenizer_pre(parts["pre"])
     writer.add_token_list(parts["tokens"])
     writer.add_token_types(parts["types"])
-    writer.add_token_merges(parts["merges"])
+    if "merges" in parts:
+        writer.add_token_merges(parts["merges"])
+    else:
+        writer.add_token_scores(parts["scores"])
+        writer.add_add_space_prefix(parts["space_prefix"])
     end = model.tokenizer.end_of_text
     for kind, add in (
         ("bos", writer.add_bos_token_id),
         ("eos", writer.add_eos_token_id),
         ("pad", writer.add_pad_token_id),
     ):
-        number = hf.get(f"{kind}_token_id", end)
-        number = number[0] if isinstance(number, list) else number
-        if number is not None:
+        if (number := _first(hf, kind, end)) is not None:
             add(int(number))
-    writer.add_add_bos_token(False)
+    added = model.tokenizer.backend.encode("a")
+    writer.add_add_bos_token(bool(added.special_tokens_mask[0]) and added.ids[0] == _first(hf, "bos", end))
     if template := model.origin and model.origin.text("chat_template.jinja"):
         writer.add_chat_template(template)
+
+
+def _first(hf: dict, kind: str, end: int | None) -> int | None:
+    """The id of a kind of token; of several, the first."""
+    number = hf.get(f"{kind}_token_id", end)
+    return number[0] if isinstance(number, list) else number
