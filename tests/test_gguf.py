@@ -36,9 +36,11 @@ def test_what_is_written_reads_back(name, tokenizer, tmp_path):
     model = made(name, tokenizer)
     again = slm.from_pretrained(slm.save_gguf(model, tmp_path / "model.gguf", "F32"))
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.architecture"].contents() == name.split()[0]
-    # Gemma's norms are stored plus one, which costs their last bits.
-    near = functools.partial(np.testing.assert_allclose, atol=1e-7)
-    jax.tree.map(near if "gemma" in name else np.testing.assert_array_equal, model.params, again.params)
+    # Gemma's norms are stored plus one, Mamba's decays without their logarithm, which costs their last bits.
+    near = functools.partial(np.testing.assert_allclose, atol=3e-7)
+    jax.tree.map(
+        near if name.startswith(("gemma", "mamba")) else np.testing.assert_array_equal, model.params, again.params
+    )
     np.testing.assert_allclose(slm.logits(again, TOKENS), slm.logits(model, TOKENS), atol=1e-4)
     for text in ("the cat sat", "a hat\n\n 1234 é", ""):
         np.testing.assert_array_equal(again.tokenizer.encode(text), tokenizer.encode(text))

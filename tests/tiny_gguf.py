@@ -73,6 +73,10 @@ MODELS = {
         LLAMA, **LAYERNORM | {"mlp": "gelu_erf"}, kv_heads=None, bias=("qkv", "out", "mlp", "norm"),
         residual="parallel", mixer=dataclasses.replace(NONE, rope_fraction=0.25),
     ),
+    "mamba2": ModelConfig(
+        vocab_size=288, layers=2, width=64, heads=8, head_dim=16, attention=("mamba2",), position="none", mlp="none",
+        mixer=MixerConfig(expand_k=2.0, expand_v=1.0, groups=2, conv=4),
+    ),
 }  # fmt: skip
 """Name to model; the first word is the architecture that it is written as."""
 FAMILY = {"phi3": "phi3"}

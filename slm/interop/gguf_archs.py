@@ -11,6 +11,7 @@ import numpy as np
 
 from slm.config import ModelConfig
 from slm.errors import CheckpointError, ConfigError
+from slm.interop.families.recurrent import write_mamba2 as mamba2_config
 from slm.interop.fields import FULL, SLIDING, layer_types, rotated_share
 from slm.models.layers import mlp_width
 from slm.models.mixers import head_dim
@@ -87,6 +88,20 @@ def grouped(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.n
         return data
     shape = (3, cfg.heads) if back else (cfg.heads, 3)
     return data.reshape(*shape, -1, *data.shape[1:]).swapaxes(0, 1).reshape(data.shape)
+
+
+def scanned(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.ndarray:
+    """Mamba-2's decays are stored as they are used, its vectors with the axes that llama.cpp broadcasts."""
+    name = theirs.partition(".mixer.")[2]
+    if name == "A_log":
+        return np.log(-data.reshape(-1)) if back else -np.exp(data)[:, None]
+    if name == "D":
+        return data.reshape(-1) if back else data[:, None]
+    if name == "norm.weight":
+        return data.reshape(-1) if back else data.reshape(cfg.mixer.groups or 1, -1)
+    if name == "conv1d.weight":
+        return data[:, None] if back else data[:, 0]
+    return data
 
 
 # What metadata say.
@@ -300,6 +315,27 @@ def write_gptneox(cfg: ModelConfig) -> dict:
     return sizes(cfg) | {"use_parallel_residual": cfg.residual == "parallel"}
 
 
+def mamba2(f: Fields) -> dict:
+    inner, heads = f.get("ssm.inner_size"), f.get("ssm.time_step_rank")
+    return {
+        "vocab_size": f.vocab, "hidden_size": f.get("embedding_length"), "num_hidden_layers": f.get("block_count"),
+        "num_heads": heads, "head_dim": inner // heads, "state_size": f.get("ssm.state_size"),
+        "n_groups": f.get("ssm.group_count"), "conv_kernel": f.get("ssm.conv_kernel"),
+        "expand": inner // f.get("embedding_length"), "layer_norm_epsilon": f.get("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in f.tensors, "use_bias": False,
+    }  # fmt: skip
+
+
+def write_mamba2(cfg: ModelConfig) -> dict:
+    hf = mamba2_config(cfg)
+    return {
+        "embedding_length": cfg.width, "block_count": cfg.layers, "feed_forward_length": 0, "attention.head_count": 0,
+        "attention.layer_norm_rms_epsilon": cfg.norm_eps, "ssm.inner_size": hf["num_heads"] * hf["head_dim"],
+        "ssm.time_step_rank": hf["num_heads"], "ssm.state_size": hf["state_size"],
+        "ssm.group_count": hf["n_groups"], "ssm.conv_kernel": hf["conv_kernel"],
+    }  # fmt: skip
+
+
 ARCHS = {
     "llama": Arch("llama", biased, sizes, interleaved, divided=True),
     "qwen2": Arch("qwen2", rms, sizes, unchanged),
@@ -313,5 +349,6 @@ ARCHS = {
     "phi3": Arch("phi3", phi3, write_phi3, unchanged),
     "gpt2": Arch("gpt2", gpt2, sizes, transposed),
     "gptneox": Arch("gpt_neox", gptneox, write_gptneox, grouped),
+    "mamba2": Arch("mamba2", mamba2, write_mamba2, scanned),
 }
 """general.architecture to its particulars."""

@@ -6,6 +6,7 @@ get their names there back. What llama.cpp stores otherwise is undone; slm.inter
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def _gguf_names(name: str, cfg: ModelConfig, bound: list[Bound]) -> dict[str, st
     table = gguf.get_tensor_name_map(number, cfg.layers)
     found = {}
     for one in bound:
-        found[one.theirs] = table.get_name(one.theirs, try_suffixes=(".weight", ".bias"))
+        theirs = one.theirs.replace(".dt_bias", ".dt_proj.bias")  # Mamba-2's has Mamba's name
+        found[one.theirs] = table.get_name(theirs, try_suffixes=(".weight", ".bias"))
         if found[one.theirs] is None:
             raise ConfigError(f"GGUF's {name} has no name for the tensor '{one.theirs}'")
     return found
@@ -263,8 +265,8 @@ def _rounded(cfg: ModelConfig) -> ModelConfig:
 
 
 def _kind_of(name: str, tensor: np.ndarray, quantization: str) -> str:
-    if tensor.ndim < 2:
-        return "F32"
+    if tensor.ndim < 2 or name.startswith("position") or "norm" in name or re.search(r"\.ssm_(conv1d|a$|d$)", name):
+        return "F32"  # llama.cpp computes with these in float32
     blocks = quantization.startswith("Q")
     if blocks and tensor.shape[-1] % 32:
         return "F16"  # rows that blocks of 32 do not fill

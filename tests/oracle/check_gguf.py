@@ -1,6 +1,6 @@
-"""llama.cpp runs the GGUF files that slm writes: one tiny model of each architecture, F32, logits compared.
+"""llama.cpp runs the GGUF files that slm writes: one tiny model of each architecture, logits compared.
 
-    python tests/oracle/check_gguf.py --llama-python PYTHON [NAME ...]     (PYTHON has llama-cpp-python)
+    python tests/oracle/check_gguf.py --llama-python PYTHON [--kind F32] [NAME ...]     (PYTHON has llama-cpp-python)
 
 Prints, for each, the largest KL divergence of a position's next-token distribution and the largest difference of
 logits.
@@ -25,8 +25,8 @@ from slm.data.tokenizers import Tokenizer, build_tokenizer  # noqa: E402
 from slm.interop.gguf_tokenizer import read_tokenizer  # noqa: E402
 
 HARD = TEXT[:100] + "  Two  spaces, don't; naïve 東京 ½ x²\n\n\tTABS 12345 CATS'LL mat </s>"
-LIMIT = 1e-3
-"""Nats; what is left is llama.cpp's GELU, a table in float16."""
+LIMITS = {"F32": 1e-5, "F16": 1e-3, "Q8_0": 0.05}
+"""Nats. What is left of F32 is llama.cpp's GELU, a table in float16; with Q8_0 it rounds activations to 8 bits too."""
 
 
 def log_softmax(x):
@@ -37,6 +37,7 @@ def log_softmax(x):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-python", required=True)
+    parser.add_argument("--kind", default="F32", choices=LIMITS)
     parser.add_argument("names", nargs="*", default=[])
     options = parser.parse_args()
     tokenizer = build_tokenizer("bpe:280", lambda: iter([TEXT]))
@@ -49,7 +50,7 @@ def main():
             from_pieces = Tokenizer(Backend.from_str(json.dumps(read_tokenizer(pieces()))))
             own = from_pieces if "pieces" in name else tokenizer
             model = made(name, own)
-            file = slm.save_gguf(model, folder / "model.gguf", "F32")
+            file = slm.save_gguf(model, folder / "model.gguf", options.kind)
             job = {"task": "logits", "keep": len(tokens), "model": str(file), "cache": "F32", "threads": 2,
                    "tokens": str(folder / "tokens.npy"), "logits": str(folder / "logits.npy"),
                    "text": HARD}  # fmt: skip
@@ -69,7 +70,7 @@ def main():
         kl = (np.exp(p) * (p - q)).sum(-1).max()
         same_ids = ids == own.encode(HARD).tolist()
         print(f"{name:30} KL {kl:.1e}  logits {np.abs(ours - theirs).max():.1e} of {ours.std():.2f}  ids {same_ids}")
-        if not (kl < LIMIT and same_ids and ours.std() > 0.3):
+        if not (kl < LIMITS[options.kind] and same_ids and ours.std() > 0.3):
             bad.append(name)
     sys.exit(f"disagree: {', '.join(bad)}" if bad else 0)
 
