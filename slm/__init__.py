@@ -35,7 +35,7 @@ _HOME = {
     "stream": "slm.evaluation.generate",
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
-    "save_gguf": "slm.interop.gguf_file",
+    "save_gguf": "slm.interop.gguf_save",
     "save_stablehlo": "slm.interop.stablehlo",
 }
 __all__ = list(_HOME)

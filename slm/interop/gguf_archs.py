@@ -4,41 +4,17 @@ Names and meanings are those of the gguf package (gguf.constants) and of llama.c
 model if and only if the config read back from its metadata is the same model, so no list here says what it cannot.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from slm.config import ModelConfig
-from slm.errors import CheckpointError, ConfigError
 from slm.interop.families.recurrent import write_mamba2 as mamba2_config
-from slm.interop.fields import FULL, SLIDING, layer_types, rotated_share
-from slm.models.layers import mlp_width
+from slm.interop.fields import FULL, SLIDING, layer_types
+from slm.interop.gguf_fields import Fields, decoder, sizes
+from slm.interop.gguf_layout import grouped, interleaved, raised, scanned, transposed, unchanged
 from slm.models.mixers import head_dim
-from slm.models.rope import SCALINGS
-
-
-class Fields(NamedTuple):
-    """A file's metadata, and what its tensors tell about the model."""
-
-    name: str
-    """general.architecture."""
-    values: Mapping[str, Any]
-    vocab: int
-    """Rows of the embedding."""
-    tensors: Mapping[str, Callable[[], np.ndarray]]
-    """Name in GGUF to its content, for those that hold settings."""
-
-    def get(self, key: str, *default: Any) -> Any:
-        """The value of {name}.{key}. Raises CheckpointError where it is missing and there is no default."""
-        value = self.values.get(f"{self.name}.{key}", *default)
-        if value is None and not default:
-            raise CheckpointError(f"the GGUF metadata lacks {self.name}.{key}")
-        # Numbers are float32 there: 0.22 comes back as 0.2199999988.
-        return float(f"{value:.7g}") if isinstance(value, float) else value
-
-    def floats(self, tensor: str) -> list[float]:
-        return [float(f"{x:.7g}") for x in self.tensors[tensor]().reshape(-1)]
 
 
 class Arch(NamedTuple):
@@ -54,130 +30,6 @@ class Arch(NamedTuple):
     """(name in Hugging Face, tensor, config, back) -> the tensor as GGUF has it, or, with `back`, the inverse."""
     divided: bool = False
     """llama.cpp divides this architecture's rotary frequencies by the tensor rope_freqs.weight, if there is one."""
-
-
-# What tensors become.
-
-
-def unchanged(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.ndarray:
-    return data
-
-
-def interleaved(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.ndarray:
-    """Rows of each head of queries and keys from half-split to interleaved rotary order, or back."""
-    if not (".q_proj." in theirs or ".k_proj." in theirs):
-        return data
-    heads = cfg.heads if ".q_proj." in theirs else cfg.kv_heads or cfg.heads
-    shape = (heads, -1, 2) if back else (heads, 2, data.shape[0] // heads // 2)
-    return data.reshape(*shape, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
-
-
-def raised(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.ndarray:
-    """Norms about one become plain norms."""
-    return data + np.float32(-1 if back else 1) if theirs.endswith("norm.weight") else data
-
-
-def transposed(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.ndarray:
-    """GPT-2's (in, out) matrices stand as (out, in)."""
-    return data.T if theirs.split(".")[-2].startswith("c_") else data
-
-
-def grouped(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.ndarray:
-    """GPT-NeoX's queries, keys and values, which take turns from head to head, stand one after the other."""
-    if ".query_key_value." not in theirs:
-        return data
-    shape = (3, cfg.heads) if back else (cfg.heads, 3)
-    return data.reshape(*shape, -1, *data.shape[1:]).swapaxes(0, 1).reshape(data.shape)
-
-
-def scanned(theirs: str, data: np.ndarray, cfg: ModelConfig, back: bool) -> np.ndarray:
-    """Mamba-2's decays are stored as they are used, its vectors with the axes that llama.cpp broadcasts."""
-    name = theirs.partition(".mixer.")[2]
-    if name == "A_log":
-        return np.log(-data.reshape(-1)) if back else -np.exp(data)[:, None]
-    if name == "D":
-        return data.reshape(-1) if back else data[:, None]
-    if name == "norm.weight":
-        return data.reshape(-1) if back else data.reshape(cfg.mixer.groups or 1, -1)
-    if name == "conv1d.weight":
-        return data[:, None] if back else data[:, 0]
-    return data
-
-
-# What metadata say.
-
-
-def sizes(cfg: ModelConfig) -> dict:
-    """Metadata that all architectures with attention have."""
-    eps = "attention.layer_norm_epsilon" if cfg.norm == "layernorm" else "attention.layer_norm_rms_epsilon"
-    found = {
-        "embedding_length": cfg.width, "block_count": cfg.layers, "feed_forward_length": mlp_width(cfg),
-        "attention.head_count": cfg.heads, "attention.head_count_kv": cfg.kv_heads or cfg.heads,
-        "attention.key_length": head_dim(cfg), "attention.value_length": head_dim(cfg), eps: cfg.norm_eps,
-    }  # fmt: skip
-    if cfg.position != "rope":
-        return found
-    rope = cfg.rope
-    found |= {"rope.freq_base": rope.theta, "rope.dimension_count": round(rotated_share(cfg) * head_dim(cfg))}
-    if rope.scaling in ("linear", "yarn"):
-        found |= {"rope.scaling.type": rope.scaling, "rope.scaling.factor": rope.factor}
-    if rope.scaling == "yarn":
-        found |= {"rope.scaling.original_context_length": rope.original_length}
-    return found
-
-
-def decoder(f: Fields) -> dict:
-    """config.json of what `sizes` wrote, as Llama names it."""
-    width, heads = f.get("embedding_length"), f.get("attention.head_count")
-    size = f.get("attention.key_length", width // heads)
-    hf = {
-        "vocab_size": f.vocab, "hidden_size": width, "num_hidden_layers": f.get("block_count"),
-        "num_attention_heads": heads, "num_key_value_heads": f.get("attention.head_count_kv", heads),
-        "head_dim": size, "intermediate_size": f.get("feed_forward_length"), "hidden_act": "silu",
-        "tie_word_embeddings": "output.weight" not in f.tensors, "max_position_embeddings": f.get("context_length"),
-        "partial_rotary_factor": f.get("rope.dimension_count", size) / size,
-        "rope_theta": float(f.get("rope.freq_base", 10_000.0)),
-    }  # fmt: skip
-    return hf | rope_scaling(f)
-
-
-def rope_scaling(f: Fields) -> dict:
-    kind = f.get("rope.scaling.type", "none")
-    if "rope_freqs.weight" in f.tensors:
-        # Llama 3's stretching comes as the divisors themselves, which is LongRoPE with one set of them.
-        factors = f.floats("rope_freqs.weight")
-        scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "factor": 1.0,
-                   "attention_factor": 1.0}  # fmt: skip
-    elif "rope_factors_long.weight" in f.tensors:
-        scaling = {
-            "rope_type": "longrope", "short_factor": f.floats("rope_factors_short.weight"),
-            "long_factor": f.floats("rope_factors_long.weight"),
-            "attention_factor": f.get("rope.scaling.attn_factor", 1.0),
-            "original_max_position_embeddings": f.get("rope.scaling.original_context_length"),
-        }  # fmt: skip
-    elif kind in ("linear", "yarn"):
-        original = f.get("rope.scaling.original_context_length", 0)
-        scaling = {"rope_type": kind, "factor": f.get("rope.scaling.factor", 1.0),
-                   "original_max_position_embeddings": original}  # fmt: skip
-    elif kind in ("none", "longrope"):
-        return {}
-    else:
-        raise ConfigError(f"{f.name}.rope.scaling.type = {kind!r} is not supported in GGUF")
-    return {"rope_scaling": scaling}
-
-
-def rope_tensors(arch: Arch, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """Tensors that say how rotary positions are stretched."""
-    rope = cfg.rope
-    if arch.divided and rope.scaling == "llama3":
-        plain = rope.theta ** (-np.arange(0, head_dim(cfg), 2, dtype=np.float32) / head_dim(cfg))
-        return {"rope_freqs.weight": np.float32(plain / np.asarray(SCALINGS["llama3"](plain, rope, 0)))}
-    if rope.scaling != "longrope":
-        return {}
-    short, long = np.float32(rope.short_factors), np.float32(rope.long_factors)
-    if arch.divided:  # one set only; where there are two, reading back will tell
-        return {"rope_freqs.weight": long}
-    return {"rope_factors_long.weight": long, "rope_factors_short.weight": short}
 
 
 def rms(f: Fields) -> dict:
