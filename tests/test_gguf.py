@@ -58,6 +58,52 @@ def test_queries_and_keys_stand_in_the_order_of_llama_cpp(tokenizer, tmp_path):
     np.testing.assert_array_equal(stored[:4], rows[[0, 8, 1, 9]])
 
 
+def stored(name, tokenizer, tmp_path):
+    """(parameters of the first layer, tensors of the file, metadata without the architecture's name)."""
+    model = made(name, tokenizer)
+    reader = gguf.GGUFReader(slm.save_gguf(model, tmp_path / "model.gguf", "F32"))
+    layer = jax.tree.map(lambda x: np.asarray(x[0]), model.params["blocks"]["0"])
+    values = {key.removeprefix(name.split()[0] + "."): field.contents() for key, field in reader.fields.items()}
+    return layer, {t.name: np.asarray(t.data) for t in reader.tensors}, values
+
+
+# What llama.cpp was seen to take these files for (tests/oracle/check_gguf.py): reading back misses errors made twice.
+def test_tensors_stand_as_llama_cpp_stores_them(tokenizer, tmp_path):
+    layer, tensors, _ = stored("gemma", tokenizer, tmp_path)
+    np.testing.assert_array_equal(tensors["blk.0.attn_norm.weight"], layer["attention_norm"]["scale"] + 1)
+    for name, fused in (("gpt2", "attn_qkv"), ("gptneox", "attn_qkv"), ("phi3", "attn_qkv")):
+        layer, tensors, _ = stored(name, tokenizer, tmp_path)
+        parts = [layer["mixer"][part]["kernel"].T for part in ("query", "key", "value")]
+        np.testing.assert_array_equal(tensors[f"blk.0.{fused}.weight"], np.concatenate(parts))
+        if name == "gpt2":
+            np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight"], layer["mlp"]["up"]["kernel"].T)
+        if name == "phi3":
+            both = np.concatenate([layer["mlp"][part]["kernel"].T for part in ("gate", "up")])
+            np.testing.assert_array_equal(tensors["blk.0.ffn_up.weight"], both)
+    layer, tensors, _ = stored("mamba2", tokenizer, tmp_path)
+    np.testing.assert_allclose(tensors["blk.0.ssm_a"][:, 0], -np.exp(layer["mixer"]["decay"]), rtol=1e-6)
+    assert tensors["blk.0.ssm_conv1d.weight"].shape == (8 * 16 + 2 * 2 * 32, 4)
+    assert tensors["blk.0.ssm_norm.weight"].shape == (2, 64)
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("gemma2", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0, "attention.sliding_window": 5,
+                "attention.key_length": 24}),
+    ("gemma3", {"attention.sliding_window": 5, "rope.freq_base": 1000.0, "rope.freq_base_swa": 50.0,
+                "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}),
+    ("gemma3 in an order of its own", {"attention.sliding_window_pattern": [False, True] * 2}),
+    ("granite", {"embedding_scale": 6.0, "residual_scale": 0.22, "logit_scale": 1.7, "attention.scale": 0.2}),
+    ("phi2", {"rope.dimension_count": 8, "attention.layer_norm_epsilon": 1e-5}),
+    ("phi3 long", {"rope.scaling.attn_factor": 1.1, "rope.scaling.original_context_length": 16}),
+    ("gptneox", {"rope.dimension_count": 4, "use_parallel_residual": True}),
+    ("mamba2", {"ssm.inner_size": 128, "ssm.state_size": 32, "ssm.time_step_rank": 8, "ssm.group_count": 2,
+                "ssm.conv_kernel": 4}),
+])  # fmt: skip
+def test_settings_have_llama_cpps_keys(name, expected, tokenizer, tmp_path):
+    _, _, values = stored(name, tokenizer, tmp_path)
+    assert {key: pytest.approx(values[key]) for key in expected} == expected
+
+
 @pytest.mark.parametrize(
     ("kind", "error"), [("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 1e-2), ("Q5_1", 7e-2), ("Q5_0", 8e-2), ("Q4_1", 0.14),
                         ("Q4_0", 0.17)]
