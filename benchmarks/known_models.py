@@ -81,7 +81,7 @@ class Engines:
         file = self.folder / f"job_{engine}_{task}_{job.pop('name', '')}.json"
         file.write_text(json.dumps({"task": task, "threads": self._threads} | job))
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        quiet = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "OMP_NUM_THREADS": str(self._threads)}
+        quiet = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "OMP_NUM_THREADS": str(self._threads), "TQDM_DISABLE": "1"}
         return [self._pythons[engine], str(PEERS / f"known_{engine}.py"), str(file)], os.environ | quiet
 
     def run(self, engine: str, task: str, **job) -> dict:

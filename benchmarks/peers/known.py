@@ -19,14 +19,14 @@ def peak_mb() -> float:
     return int(status["VmHWM"].split()[0]) / 1024
 
 
-def loaded(prepare, load, version: str) -> dict:
-    """Times `load()`, after which every parameter has been read, in a process that has imported everything."""
+def loaded(prepare, load, version) -> dict:
+    """Times `load()`, after which every parameter has been read, once `prepare()` has imported everything."""
     start = time.perf_counter()
     prepare()
     imported = {"import_seconds": time.perf_counter() - start, "before_mb": peak_mb()}
     start = time.perf_counter()
     load()
-    return imported | {"load_seconds": time.perf_counter() - start, "peak_mb": peak_mb(), "version": version}
+    return imported | {"load_seconds": time.perf_counter() - start, "peak_mb": peak_mb(), "version": version()}
 
 
 class Scores:

@@ -44,7 +44,7 @@ def load():
     def prepare():
         import llama_cpp  # noqa: F401
 
-    print(json.dumps(loaded(prepare, lambda: opened(512), version())))
+    print(json.dumps(loaded(prepare, lambda: opened(512), version)))
 
 
 def speed():

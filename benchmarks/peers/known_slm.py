@@ -83,7 +83,7 @@ def load():
 
         jax.devices(), slm.from_pretrained
 
-    print(json.dumps(loaded(prepare, opened, version())))
+    print(json.dumps(loaded(prepare, opened, version)))
 
 
 def floor():
@@ -101,9 +101,12 @@ def floor():
                 held = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118
         return held
 
-    import safetensors
+    def version():
+        import safetensors
 
-    print(json.dumps(loaded(prepare, read, f"safetensors {safetensors.__version__}")))
+        return f"safetensors {safetensors.__version__}"
+
+    print(json.dumps(loaded(prepare, read, version)))
 
 
 def speed():

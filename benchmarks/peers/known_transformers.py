@@ -75,8 +75,7 @@ def load():
             for parameter in opened().parameters():  # files may be mapped: reading is part of loading
                 parameter.sum()
 
-    prepare()
-    print(json.dumps(loaded(prepare, read, version())))
+    print(json.dumps(loaded(prepare, read, version)))
 
 
 def speed():
