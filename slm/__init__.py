@@ -36,7 +36,7 @@ _HOME = {
     "reply": "slm.evaluation.chat",
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
-    "save_gguf": "slm.interop.gguf_file",
+    "save_gguf": "slm.interop.gguf_save",
     "int8_weights": "slm.compress.quantize",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slm.config import DataConfig, Experiment, MixerConfig, ModelConfig, check, flatten, override
+from slm.config import DataConfig, Experiment, ModelConfig, check, flatten, override
 from slm.errors import CheckpointError, ConfigError
 from slm.interop import sentences
 from slm.interop.families import FAMILIES, family_of
@@ -19,10 +19,9 @@ from slm.interop.families.family import Family, Names
 from slm.interop.families.heads import SETTINGS
 from slm.interop.gguf_file import open_gguf
 from slm.interop.parameters import Bound, Tensors, bind, check_tensors, read_parameters, tensors_of
+from slm.interop.sameness import same_model
 from slm.interop.tensors import TensorFolder, read_json, write_shards
 from slm.models.language_model import LanguageModel, Origin
-from slm.models.layers import mlp_width
-from slm.models.mixers import head_dim, layers
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 COMPANIONS = (
@@ -229,26 +228,6 @@ def _written(family: Family, cfg: ModelConfig) -> dict | None:
         return hf if same_model(family.read(hf), cfg) else None
     except (ConfigError, TypeError, ValueError, ZeroDivisionError, StopIteration):
         return None
-
-
-def same_model(a: ModelConfig, b: ModelConfig) -> bool:
-    """Whether two configs describe the same function of the same parameters."""
-    return _essence(a) == _essence(b)
-
-
-def _essence(cfg: ModelConfig):
-    free = {"scan": True, "remat": "dots", "init_std": 0.02, "init_from": None, "attention": (), "layer_heads": (),
-            "layer_kv_heads": (), "layer_mlp_widths": ()}  # fmt: skip
-
-    def plain(one: ModelConfig, mixer: MixerConfig) -> ModelConfig:
-        sizes = {"head_dim": head_dim(one), "kv_heads": one.kv_heads or one.heads, "mlp_width": mlp_width(one)}
-        return dataclasses.replace(one, mixer=mixer, **free, **sizes)
-
-    every = []
-    for layer in layers(cfg):
-        mixer = dataclasses.replace(layer.configured.mixer, implementation=None, chunk=None)
-        every.append((layer.mixer, plain(layer.configured, mixer)))
-    return every, plain(cfg, MixerConfig())
 
 
 def local_folder(path: str | Path) -> Path:

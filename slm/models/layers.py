@@ -1,6 +1,7 @@
 """The small linen modules that blocks are made of."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,8 @@ def dense(
 
     It has a bias if `part` is in cfg.bias.
     """
-    return Dense(features, dtype, cfg.init_std if std is None else std, part in cfg.bias, name=name)
+    init = nn.initializers.normal(cfg.init_std if std is None else std)
+    return Dense(features, dtype, init, part in cfg.bias, name=name)
 
 
 class Dense(nn.Module):
@@ -26,12 +28,12 @@ class Dense(nn.Module):
 
     features: int
     dtype: Any
-    std: float
+    init: Callable
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(kernel, Int8Matrix):

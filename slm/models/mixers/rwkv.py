@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from slm.attention import dplr_attention, rwkv6_attention
 from slm.config import MixerConfig, ModelConfig
-from slm.models.layers import dense, residual_std
+from slm.models.layers import Dense, dense, residual_std
 from slm.models.mixers.base import (
     GATES,
     Context,
@@ -220,8 +220,8 @@ def unit(x_BxTxHxK) -> jax.Array:
     return x_BxTxHxK * jax.lax.rsqrt(jnp.square(x_BxTxHxK).sum(-1, keepdims=True) + 1e-12)
 
 
-def plain_dense(features: int, name: str, dtype: Any, init: Callable = nn.initializers.zeros) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
+def plain_dense(features: int, name: str, dtype: Any, init: Callable = nn.initializers.zeros) -> Dense:
+    return Dense(features, dtype, init, name=name)
 
 
 def small(key, shape, dtype):
