@@ -201,7 +201,7 @@ def speed(options, engines: Engines) -> list[dict]:
     job = {"tokens": str(folder / "tokens.npy"), "prefill": 512, "prompt": 64, "decode": 128}
     workers = []
     for engine, kind, model in [
-        ("slm", "float32", gguf), ("slm", "bfloat16", gguf), ("llama_cpp", "Q4_1", gguf),
+        ("slm", "float32", gguf), ("slm", "bfloat16", gguf), ("slm", "int8", gguf), ("llama_cpp", "Q4_1", gguf),
         ("llama_cpp", "Q8_0", str(folder / "Q8_0.gguf")), ("transformers", "float32", gguf),
         ("transformers", "bfloat16", gguf),
     ]:  # fmt: skip

@@ -23,7 +23,9 @@ def opened(path=None):
 
     import slm
 
-    model = slm.from_pretrained(path or job["model"], dtype=getattr(jnp, job["dtype"]))
+    int8 = job["dtype"] == "int8"
+    model = slm.from_pretrained(path or job["model"], dtype=jnp.float32 if int8 else getattr(jnp, job["dtype"]))
+    model = slm.int8_weights(model) if int8 else model
     jax.block_until_ready(model.params)
     return model
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from slm.errors import ConfigError
 from slm.evaluation.sampling import Sampling, sample
-from slm.models.apart import apart, split_layers
 from slm.models.transformer import Transformer
 
 BUCKET = 64
@@ -38,13 +37,12 @@ class Decoding:
         cache_dtype: Any = None,
     ):
         check_length(transformer, max(map(len, prompts)), max_new_tokens)
-        # Prompts are read by the model as it is, tokens are drawn by its layers apart.
-        self._transformer, self._params = apart(transformer, params)
+        self._transformer, self._params = transformer, params
         prompt_BxT, self._setting = prepare(prompts, sampling, seed, ends, vocab_size or transformer.cfg.vocab_size)
         self._limit, self._seen = max_new_tokens, 0
-        sizes = {"capacity": round_up(max_new_tokens), "cache_dtype": cache_dtype}
-        is_apart = self._transformer != transformer
-        self._state = _prefill(transformer, params, prompt_BxT, self._setting, **sizes, is_apart=is_apart)
+        self._state = _prefill(
+            transformer, params, prompt_BxT, self._setting, capacity=round_up(max_new_tokens), cache_dtype=cache_dtype
+        )
         self.finished = False
         """Whether every row has ended."""
 
@@ -89,27 +87,25 @@ def prepare(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("transformer", "capacity", "cache_dtype", "is_apart"))
-def _prefill(transformer, params, prompt_BxT, setting, *, capacity, cache_dtype, is_apart):
+@functools.partial(jax.jit, static_argnames=("transformer", "capacity", "cache_dtype"))
+def _prefill(transformer, params, prompt_BxT, setting, *, capacity, cache_dtype):
     """The state of a decoding after its first token: (tokens drawn, the last (B,), done (B,), new ids (B, capacity), -1
     where a row has none, cache)."""
     B = len(prompt_BxT)
-    last_BxD, cache = read(transformer, params, prompt_BxT, setting[0], capacity, cache_dtype, is_apart)
+    last_BxD, cache = read(transformer, params, prompt_BxT, setting[0], capacity, cache_dtype)
     new_BxN = jnp.full((B, capacity), -1, jnp.int32)
     return jnp.int32(1), *_draw(transformer, params, setting, 0, last_BxD, jnp.zeros(B, bool), new_BxN), cache
 
 
-def read(transformer, params, prompt_BxT, lengths_B, capacity, cache_dtype, is_apart):
-    """(hidden states of the prompts' last tokens (B, D), a cache of the prompts with room for `capacity` more, for the
-    layers apart if asked)."""
+def read(transformer, params, prompt_BxT, lengths_B, capacity, cache_dtype):
+    """(hidden states of the prompts' last tokens (B, D), a cache of the prompts with room for `capacity` more)."""
     B, T = prompt_BxT.shape
     at = jnp.arange(T)
     cache = transformer.init_cache(B, T + capacity, cache_dtype)
     hidden_BxTxD, cache = transformer.hidden(
         params, prompt_BxT, positions=jnp.where(at < lengths_B[:, None], at, -1), cache=cache
     )
-    last_BxD = jnp.take_along_axis(hidden_BxTxD, (lengths_B - 1)[:, None, None], 1)[:, 0]
-    return last_BxD, split_layers(transformer, cache) if is_apart else cache
+    return jnp.take_along_axis(hidden_BxTxD, (lengths_B - 1)[:, None, None], 1)[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames="transformer", donate_argnames="state")

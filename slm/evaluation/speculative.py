@@ -17,7 +17,6 @@ import numpy as np
 from slm.errors import ConfigError
 from slm.evaluation.decoding import check_length, logits_below, prepare, read, round_up
 from slm.evaluation.sampling import Sampling, drawn_from
-from slm.models.apart import apart
 from slm.models.transformer import Transformer
 
 
@@ -72,16 +71,17 @@ class SpeculativeDecoding:
             raise ConfigError(f"draft_tokens = {draft.tokens}: must be at least 1")
         for one in (transformer, draft.transformer):
             check_length(one, max(map(len, prompts)), max_new_tokens)
-        models, all_params = (transformer, draft.transformer), (params, draft.params)
-        self._models, self._params = zip(*(apart(*pair) for pair in zip(models, all_params)))
-        known = min(one.cfg.vocab_size for one in models)
+        self._models = (transformer, draft.transformer)
+        self._params = (params, draft.params)
+        known = min(one.cfg.vocab_size for one in self._models)
         prompt_BxT, self._setting = prepare(prompts, sampling, seed, ends, min(vocab_size or known, known))
         self._tokens, self._limit = draft.tokens, max_new_tokens
         self._seen_B = np.zeros(len(prompts), np.int64)
         # The last judgement may reach beyond the limit.
-        sizes = {"capacity": round_up(max_new_tokens + draft.tokens + 1), "cache_dtype": cache_dtype}
-        are_apart = tuple(one != other for one, other in zip(models, self._models))
-        self._state = _prefill(models, all_params, prompt_BxT, self._setting, **sizes, are_apart=are_apart)
+        capacity = round_up(max_new_tokens + draft.tokens + 1)
+        self._state = _prefill(
+            self._models, self._params, prompt_BxT, self._setting, capacity=capacity, cache_dtype=cache_dtype
+        )
         self.finished = False
         """Whether every row has ended."""
 
@@ -110,12 +110,11 @@ class SpeculativeDecoding:
             self.finished = bool((done_B | (self._seen_B >= self._limit)).all())
 
 
-@functools.partial(jax.jit, static_argnames=("models", "capacity", "cache_dtype", "are_apart"))
-def _prefill(models, params, prompt_BxT, setting, *, capacity, cache_dtype, are_apart):
+@functools.partial(jax.jit, static_argnames=("models", "capacity", "cache_dtype"))
+def _prefill(models, params, prompt_BxT, setting, *, capacity, cache_dtype):
     lengths_B, keys_B, sampling, ends_E, vocab_size = setting
     (last_BxD, cache), (_, draft_cache) = (
-        read(model, its, prompt_BxT, lengths_B, capacity, cache_dtype, is_apart)
-        for model, its, is_apart in zip(models, params, are_apart)
+        read(model, its, prompt_BxT, lengths_B, capacity, cache_dtype) for model, its in zip(models, params)
     )
     log_p_BxV = drawn_from(logits_below(models[0], params[0], last_BxD, vocab_size), sampling)
     token_B = _categorical(_fold(keys_B, 0), log_p_BxV)

@@ -21,7 +21,7 @@ from slm.errors import ConfigError
 from slm.models.blocks import block
 from slm.models.embedding import embed, init_embedding
 from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
-from slm.models.int8 import Int8Matrix, int8_product
+from slm.models.int8 import Int8Matrix, int8_product, int8_similarity
 from slm.models.layers import norm
 from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
 from slm.models.rope import rope_tables
@@ -205,7 +205,9 @@ class Transformer:
         kernel = self.unembedding(params)
         if isinstance(kernel, Int8Matrix):
             rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
-            logits = int8_product(rows, kernel).reshape(*hidden.shape[:-1], -1)
+            tied = not has_kernel(self.cfg)
+            product = int8_similarity(rows, params["embed"]["embedding"]) if tied else int8_product(rows, kernel)
+            logits = product.reshape(*hidden.shape[:-1], -1)
         elif self.cfg.tied and hidden.ndim == 2:
             # A decode step has few rows. XLA:CPU computes embedding x hidden at memory speed and hidden x embedding^T
             # 2 to 20 times slower; the barrier keeps it from turning the one into the other.

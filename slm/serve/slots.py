@@ -14,7 +14,6 @@ import numpy as np
 from slm.errors import ConfigError
 from slm.evaluation.decoding import next_tokens
 from slm.evaluation.sampling import Sampling
-from slm.models.apart import apart
 from slm.models.language_model import LanguageModel
 
 
@@ -32,7 +31,7 @@ class Slots:
         if cfg.position == "learned" and length > cfg.max_length:
             raise ConfigError(f"length = {length}: this model has {cfg.max_length} learned positions, and no more fit")
         self.slots, self.length, self.chunk = slots, length, min(chunk, length)
-        self._transformer, self._params = apart(model.transformer, model.params)
+        self._transformer, self._params = model.transformer, model.params
         self._vocab_size = np.int32(model.tokenizer.vocab_size)
         self._empty = self._transformer.init_cache(1, length, cache_dtype)
         # Copies: what the programs give back overwrites what they were given.
