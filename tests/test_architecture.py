@@ -40,11 +40,12 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # Never training.loop: the loop evaluates, so that would be a circle.
     "evaluation": (
         {"config", "errors", "models", "training.step", "training.loss", "training.precision", "training.mesh"},
-        {"data", "training.run", "training.compilation", "interop"},
+        {"data", "training.run", "training.compilation", "interop", "compress"},
     ),
     "interop": ({"config", "errors", "models"}, {"data"}),
+    "compress": ({"config", "errors", "models"}, set()),
     "cli": ({"config", "errors"}, {"training"}),
-    "serve": ({"errors", "evaluation", "models"}, {"data", "training.compilation"}),
+    "serve": ({"errors", "evaluation", "models"}, {"data", "training.compilation", "compress"}),
     # The notebook's face: above everything, so in no other row.
     "study": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "training"}),
 }

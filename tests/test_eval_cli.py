@@ -241,7 +241,7 @@ def test_a_draft_and_a_small_cache_write_the_same_text(shell, talker, tmp_path):
         assert code == 0, err
         texts.append(json.loads((tmp_path / "x").read_text())["samples"][0]["text"])
     assert len(set(texts)) == 1
-    assert shell("--prompt", "ab", "--max-new-tokens", 9, "--cache-dtype", "int8")[0] == 0
+    assert shell("--prompt", "ab", "--max-new-tokens", 9, "--cache-dtype", "int8", "--int8")[0] == 0
     code, _, err = shell("--prompt", "ab", "--draft", tmp_path / "nowhere")
     assert code == 2
     assert "nowhere" in err

@@ -49,6 +49,12 @@ def test_what_is_written_reads_back(name, tokenizer, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, slm.from_pretrained(folder).params, again.params)
 
 
+def test_a_model_of_bytes_travels(tmp_path):
+    tokenizer = build_tokenizer("bytes", lambda: iter(()))
+    again = slm.from_pretrained(slm.save_gguf(made("llama", tokenizer), tmp_path / "model.gguf"))
+    np.testing.assert_array_equal(again.tokenizer.encode("it's 12 é\n\n x"), tokenizer.encode("it's 12 é\n\n x"))
+
+
 def test_queries_and_keys_stand_in_the_order_of_llama_cpp(tokenizer, tmp_path):
     model = made("llama", tokenizer)
     reader = gguf.GGUFReader(slm.save_gguf(model, tmp_path / "model.gguf", "F32"))

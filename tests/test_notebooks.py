@@ -15,7 +15,7 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     use_devices(monkeypatch, 1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLM_FAST", "1")
-    monkeypatch.setenv("SLM_MODEL", str(write_talker(tmp_path / "toy")))
+    monkeypatch.setenv("SLM_MODEL", str(write_talker(tmp_path / "toy", width=32)))
     cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
     assert len(cells) < 30
     names = {}

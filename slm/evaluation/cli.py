@@ -63,6 +63,8 @@ class Arguments:
     """Draw only among the likeliest tokens that together reach this probability, such as 0.95."""
     min_p: float | None = None
     """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
+    int8: bool = False
+    """Round the weights to 8 bits first: a quarter of float32's memory, and on a CPU somewhat faster texts."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is half or a quarter of the one before. None: that of computation."""
     draft: str | None = None
@@ -97,6 +99,10 @@ def run(arguments: Arguments) -> None:
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     model = open_model(arguments.run, arguments.checkpoint)
+    if arguments.int8:
+        from slm.compress.quantize import int8_weights
+
+        model = int8_weights(model)
     enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
     console = Console(highlight=False)
     console.print(Text(repr(model), style="dim"), soft_wrap=True)

@@ -102,6 +102,8 @@ def write_tokenizer(tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     if is_pieces(parts):
         return {"model": "llama", "pre": "default"} | write_pieces(parts, names, vocab_size)
     rule = next((name for name, splitter in SPLITTERS.items() if splitter == parts["pre_tokenizer"]), None)
+    if parts["pre_tokenizer"] == _bytes(False) and not parts["model"].get("merges"):
+        rule = "gpt-2"  # where bytes are tokens, it does not matter where texts are split
     if parts["model"]["type"] != "BPE" or rule is None:
         raise ConfigError(
             f"this tokenizer ({parts['model']['type']}, split by {json.dumps(parts['pre_tokenizer'])[:80]}) has no "

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm.config import ModelConfig
-from slm.errors import CheckpointError
+from slm.errors import CheckpointError, ConfigError
 from slm.interop.families.family import Names
 from slm.interop.layout import Link
 from slm.models.counts import abstract_parameters
+from slm.models.int8 import Int8Matrix
 from slm.models.mixers import Layer
 from slm.models.transformer import GROUPS, Transformer
 
@@ -157,7 +158,16 @@ def _blame(sources, tensors: Tensors) -> None:
 
 
 def tensors_of(params: Any, bound: list[Bound], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """(their name, tensor) of a model, one at a time. The layers of a stacked parameter are fetched one by one."""
+    """(their name, tensor) of a model, one at a time. The layers of a stacked parameter are fetched one by one.
+
+    Raises ConfigError for 8-bit weights.
+    """
+    if any(
+        isinstance(leaf, Int8Matrix) for leaf in jax.tree.leaves(params, is_leaf=lambda a: isinstance(a, Int8Matrix))
+    ):
+        raise ConfigError(
+            "weights rounded by slm.int8_weights are only for running: save the model that they come from"
+        )
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(params)
     }

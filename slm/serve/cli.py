@@ -45,6 +45,8 @@ class Arguments:
     """Most tokens of an answer."""
     chunk: int = 128
     """Tokens of a prompt read at once; others wait that long for their next token."""
+    int8: bool = False
+    """Round the weights to 8 bits first: a quarter of float32's memory, and on a CPU somewhat faster texts."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is half or a quarter of the one before. None: that of computation."""
     queue: int = 32
@@ -73,6 +75,7 @@ def run(arguments: Arguments) -> None:
         from slm.serve.app import Limits, make_app
     except ImportError as error:
         raise SlmError(f"the server needs {error.name}: pip install 'slm[serve]'") from error
+    from slm.compress.quantize import int8_weights
     from slm.data.cache import cache_folder
     from slm.evaluation.opening import open_model
     from slm.serve.engine import Engine
@@ -80,6 +83,7 @@ def run(arguments: Arguments) -> None:
 
     with listen(arguments.host, arguments.port) as door:
         model = open_model(arguments.model, arguments.checkpoint)
+        model = int8_weights(model) if arguments.int8 else model
         enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
         engine = Engine(
             model,
