@@ -14,7 +14,7 @@ from slm.errors import CheckpointError, ConfigError
 from slm.interop.families.family import Names
 from slm.interop.layout import Link
 from slm.models.counts import abstract_parameters
-from slm.models.int8 import Int8Matrix
+from slm.models.int8 import has_int8
 from slm.models.mixers import Layer
 from slm.models.transformer import GROUPS, Transformer
 
@@ -162,12 +162,8 @@ def tensors_of(params: Any, bound: list[Bound], dtype: Any) -> Iterator[tuple[st
 
     Raises ConfigError for 8-bit weights.
     """
-    if any(
-        isinstance(leaf, Int8Matrix) for leaf in jax.tree.leaves(params, is_leaf=lambda a: isinstance(a, Int8Matrix))
-    ):
-        raise ConfigError(
-            "weights rounded by slm.int8_weights are only for running: save the model that they come from"
-        )
+    if has_int8(params):
+        raise ConfigError("slm.int8_weights makes models for running only: save the model that this one comes from")
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(params)
     }

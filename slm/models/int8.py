@@ -40,6 +40,12 @@ class Int8Matrix:
         return (self.values * self.scale).astype(dtype)
 
 
+def has_int8(params: Any) -> bool:
+    """Whether there is an Int8Matrix among the parameters."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix))
+    return any(isinstance(leaf, Int8Matrix) for leaf in leaves)
+
+
 def to_int8(matrix: jax.Array, inputs: int) -> Int8Matrix:
     """The nearest Int8Matrix to a float matrix whose inputs lie along axis `inputs`."""
     matrix = jnp.asarray(matrix, jnp.float32)
