@@ -35,17 +35,20 @@ class Dense(nn.Module):
     def __call__(self, x):
         kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        rows = x.reshape(-1, x.shape[-1])
         if isinstance(kernel, Int8Matrix):
-            product = int8_product(rows, kernel)
+            y = _on_rows(int8_product, x, kernel)
         elif jax.default_backend() == "cpu":
-            product = _product(rows, kernel.astype(self.dtype))
+            y = _on_rows(_product, x, kernel.astype(self.dtype))
         else:
-            product = rows @ kernel.astype(self.dtype)
-        y = product.reshape(*x.shape[:-1], self.features)
+            y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
+
+
+def _on_rows(product, x, kernel):
+    """product of x (..., in), as a matrix (N, in), and a kernel."""
+    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
