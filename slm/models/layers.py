@@ -28,12 +28,12 @@ class Dense(nn.Module):
 
     features: int
     dtype: Any
-    init: Callable
+    kernel_init: Callable
     use_bias: bool = False
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if isinstance(kernel, Int8Matrix):
             y = _on_rows(int8_product, x, kernel)

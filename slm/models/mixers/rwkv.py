@@ -224,7 +224,7 @@ def plain_dense(features: int, name: str, dtype: Any, init: Callable = nn.initia
     return Dense(features, dtype, init, name=name)
 
 
-def small(key, shape, dtype):
+def small(key, shape, dtype=jnp.float32):
     """Initializer: uniform in [-0.01, 0.01]."""
     return jax.random.uniform(key, shape, dtype, -0.01, 0.01)
 
