@@ -232,19 +232,31 @@ def test_a_hugging_face_folder_is_scored_and_writes(shell, talker, texts, tmp_pa
     assert "perplexity" in out
 
 
-def test_a_draft_and_a_small_cache_write_the_same_text(shell, talker, tmp_path):
-    texts = []
+def test_a_draft_and_a_small_cache_write_the_same_text(shell, talker, texts, tmp_path):
+    written = []
     for extra in ([], ["--draft", talker, "--draft-tokens", 2], ["--cache-dtype", "float32"]):
         code, _, err = shell(
             "--prompt", "ab", "--max-new-tokens", 9, "--temperature", 0, "--json", tmp_path / "x", *extra
         )
         assert code == 0, err
-        texts.append(json.loads((tmp_path / "x").read_text())["samples"][0]["text"])
-    assert len(set(texts)) == 1
+        written.append(json.loads((tmp_path / "x").read_text())["samples"][0]["text"])
+    assert len(set(written)) == 1
     assert shell("--prompt", "ab", "--max-new-tokens", 9, "--cache-dtype", "int8", "--int8")[0] == 0
-    code, _, err = shell("--prompt", "ab", "--draft", tmp_path / "nowhere")
-    assert code == 2
-    assert "nowhere" in err
+    assert shell("--prompt", "ab", "--max-new-tokens", 3, "--draft", talker, "--chat")[0] == 2
+    code, out, _ = shell("--chat", "--draft", talker, "--max-new-tokens", 3, stdin="hello\n")
+    assert code == 0
+    # Before anything is scored.
+    for wrong, message in (([tmp_path / "nowhere", "--prompt", "ab"], "nowhere"), ([talker], "--draft belongs to")):
+        code, out, err = shell("--source", texts / "7.txt", "--draft", *wrong)
+        assert code == 2
+        assert message in err
+        assert "bits per byte" not in out
+
+
+def test_a_model_in_8_bits_is_scored(shell, texts):
+    code, out, _ = shell("--source", texts / "7.txt", "--int8")
+    assert code == 0
+    assert "bits per byte" in out
 
 
 @pytest.mark.parametrize(

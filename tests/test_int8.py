@@ -73,6 +73,17 @@ def test_a_quantized_model_is_the_model_of_its_rounded_weights(name):
     assert 1e-3 < error < 0.1
 
 
+@pytest.mark.parametrize("name", ["tied", "untied, biases"])
+def test_it_is_scored_as_its_logits_say(name):
+    model = slm.int8_weights(made(**{"vocab_size": 320} | CASES[name]))
+    text = "twelve quick words, and then some more of them"
+    tokens = np.array([256, *text.encode()])[None]
+    log_p = jax.nn.log_softmax(slm.logits(model, tokens[:, :-1]))
+    nats = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], 2).sum()
+    scores = slm.evaluate(model, text)
+    assert scores["loss"] * scores["tokens"] == pytest.approx(nats, rel=1e-4)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_it_writes_what_its_forward_pass_says(count):
     """One row and several are multiplied differently."""
@@ -87,8 +98,11 @@ def test_it_writes_what_its_forward_pass_says(count):
 
 def test_it_is_for_running_alone(tmp_path):
     model = slm.int8_weights(made())
+    for save in (slm.save_pretrained, slm.save_gguf, slm.save_stablehlo, slm.save_onnx):
+        with pytest.raises(ConfigError, match="for running only"):
+            save(model, tmp_path / "folder")
     with pytest.raises(ConfigError, match="for running only"):
-        slm.save_pretrained(model, tmp_path / "folder")
+        slm.int8_weights(model)
     with pytest.raises(ConfigError, match=r"model\.head = masked_lm"):
         slm.int8_weights(made(head="masked_lm", causal=False))
 

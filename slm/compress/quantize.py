@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from slm.models.heads import check_next_token
-from slm.models.int8 import to_int8
+from slm.models.int8 import check_float_weights, to_int8
 from slm.models.language_model import LanguageModel
 
 APART = ("key_up", "value_up", "conv", "forget")
@@ -18,9 +18,10 @@ def int8_weights(model: LanguageModel) -> LanguageModel:
 
     For running it: such parameters cannot be trained or saved. Half the size of bfloat16; on a CPU, texts of one prompt
     at a time are written faster than in float32 (benchmarks/README.md).
-    Raises ConfigError for a model that does not predict the next token.
+    Raises ConfigError for a model that does not predict the next token, or has such weights already.
     """
     check_next_token(model.config.model)
+    check_float_weights(model.params)
     return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(_int8, model.params))
 
 

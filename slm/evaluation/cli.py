@@ -16,7 +16,7 @@ from rich.text import Text
 
 from slm.errors import DataError, SlmError, exit_code
 from slm.evaluation.bits_per_byte import check_sizes, eval_step_of, evaluate_batches
-from slm.evaluation.generate import generate
+from slm.evaluation.generate import check_draft, generate
 from slm.evaluation.opening import open_model
 from slm.evaluation.terminal import converse
 from slm.models.language_model import LanguageModel
@@ -64,9 +64,10 @@ class Arguments:
     min_p: float | None = None
     """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
     int8: bool = False
-    """Round the weights to 8 bits first: a quarter of float32's memory, and on a CPU somewhat faster texts."""
+    """Round the weights to 8 bits once they are loaded: a quarter of float32's memory. On a CPU, one text at a time
+    comes somewhat sooner."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Of cached keys and values; each is half or a quarter of the one before. None: that of computation."""
+    """Of cached keys and values; each is about half of the one before. None: that of computation."""
     draft: str | None = None
     """A smaller model of the same vocabulary, named like MODEL, that proposes tokens which MODEL then judges: the same
     distribution of texts, sooner where it is much faster and mostly right."""
@@ -103,11 +104,14 @@ def run(arguments: Arguments) -> None:
         from slm.compress.quantize import int8_weights
 
         model = int8_weights(model)
+    draft = None if arguments.draft is None else open_model(arguments.draft)
+    if draft is not None:
+        check_draft(model, draft)
     enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
     console = Console(highlight=False)
     console.print(Text(repr(model), style="dim"), soft_wrap=True)
     if arguments.chat:
-        converse(model, settings_of(arguments, 512), arguments.system)
+        converse(model, settings_of(arguments, 512) | {"draft": draft}, arguments.system)
         return
     report: dict[str, Any] = {"run": arguments.run, "checkpoint": arguments.checkpoint}
     writes = arguments.prompt or arguments.prompts is not None
@@ -120,7 +124,7 @@ def run(arguments: Arguments) -> None:
             console.print(position_table(scores))
         report |= {"source": source} | scores
     if writes:
-        report["samples"] = sample(model, arguments)
+        report["samples"] = sample(model, arguments, draft)
         for one in report["samples"]:
             console.rule(f"seed {one['seed']}", style="dim")
             console.print(Text(one["prompt"], style="bold") + Text(one["text"], style="not bold"), soft_wrap=True)
@@ -177,12 +181,12 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
     )
 
 
-def sample(model: LanguageModel, arguments: Arguments) -> list[dict[str, Any]]:
+def sample(model: LanguageModel, arguments: Arguments, draft: LanguageModel | None) -> list[dict[str, Any]]:
     """All samples of all prompts, in order: dicts of prompt, seed, text."""
     given = [*arguments.prompt, *(read_prompts(arguments.prompts) if arguments.prompts else ())]
     prompts = [prompt for prompt in given for _ in range(arguments.samples)]
     size, texts = arguments.batch_size, []
-    starts, settings = range(0, len(prompts), size), settings_of(arguments, 128)
+    starts, settings = range(0, len(prompts), size), settings_of(arguments, 128) | {"draft": draft}
     if len(starts) > 1:
         starts = track(starts, description="writing", console=Console(stderr=True), transient=True)
     for start in starts:
@@ -195,11 +199,10 @@ def sample(model: LanguageModel, arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def settings_of(arguments: Arguments, length: int) -> dict[str, Any]:
-    """What slm.generate takes; `length`: of a continuation if the user gave none."""
+    """What slm.generate takes, but for the draft; `length`: of a continuation if the user gave none."""
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "cache_dtype", "draft_tokens")
     chosen = length if arguments.max_new_tokens is None else arguments.max_new_tokens
-    draft = None if arguments.draft is None else open_model(arguments.draft)
-    return {"max_new_tokens": chosen, "draft": draft} | {name: getattr(arguments, name) for name in names}
+    return {"max_new_tokens": chosen} | {name: getattr(arguments, name) for name in names}
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -234,6 +237,8 @@ def check(arguments: Arguments) -> None:
     asked += [("--json", arguments.json)]
     if arguments.chat and (also := [name for name, value in asked if value]):
         raise SlmError(f"--chat cannot go with {also[0]}: leave one of them out")
+    if arguments.draft is not None and not (arguments.chat or arguments.prompt or arguments.prompts):
+        raise SlmError("--draft belongs to --prompt, --prompts or --chat: leave it out, or add one of them")
     if arguments.system is not None and not arguments.chat:
         raise SlmError("--system belongs to --chat: leave it out, or add --chat")
 

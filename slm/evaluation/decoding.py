@@ -130,8 +130,13 @@ def _draw(transformer, params, setting, step, hidden_BxD, done_B, new_BxN):
     _, keys_B, sampling, ends_E, vocab_size = setting
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step)
     token_B = next_tokens(transformer, params, hidden_BxD, keys_B, sampling, vocab_size)
-    done_B |= (token_B[:, None] == ends_E).any(-1)
+    done_B |= is_end(token_B, ends_E)
     return token_B, done_B, new_BxN.at[:, step].set(jnp.where(done_B, -1, token_B))
+
+
+def is_end(tokens, ends_E):
+    """Whether each of tokens (...) is one of the ids (E,): bool (...)."""
+    return (tokens[..., None] == ends_E).any(-1)
 
 
 def next_tokens(transformer, params, hidden_BxD, keys_B, sampling, vocab_size):

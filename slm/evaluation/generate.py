@@ -134,14 +134,19 @@ def start(
     }
     if draft is None:
         return Decoding(model.transformer, model.params, prompts, **how)
+    check_draft(model, draft)
+    proposer = Draft(draft.transformer, draft.params, draft_tokens)
+    return SpeculativeDecoding(model.transformer, model.params, prompts, proposer, **how)
+
+
+def check_draft(model: LanguageModel, draft: LanguageModel) -> None:
+    """Raises ConfigError unless `draft` can propose tokens for `model`."""
     check_next_token(draft.config.model)
-    if need_tokenizer(draft).backend.get_vocab() != model.tokenizer.backend.get_vocab():
+    if need_tokenizer(draft).backend.get_vocab() != need_tokenizer(model).backend.get_vocab():
         raise ConfigError(
             f"draft {draft.config.name} has another vocabulary than {model.config.name}: a draft proposes token ids, "
             "so take a smaller model of the same family"
         )
-    proposer = Draft(draft.transformer, draft.params, draft_tokens)
-    return SpeculativeDecoding(model.transformer, model.params, prompts, proposer, **how)
 
 
 def generate_tokens(

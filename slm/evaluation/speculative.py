@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm.errors import ConfigError
-from slm.evaluation.decoding import check_length, logits_below, prepare, read, round_up
+from slm.evaluation.decoding import check_length, is_end, logits_below, next_tokens, prepare, read, round_up
 from slm.evaluation.sampling import Sampling, drawn_from
 from slm.models.transformer import Transformer
 
@@ -116,9 +116,8 @@ def _prefill(models, params, prompt_BxT, setting, *, capacity, cache_dtype):
     (last_BxD, cache), (_, draft_cache) = (
         read(model, its, prompt_BxT, lengths_B, capacity, cache_dtype) for model, its in zip(models, params)
     )
-    log_p_BxV = drawn_from(logits_below(models[0], params[0], last_BxD, vocab_size), sampling)
-    token_B = _categorical(_fold(keys_B, 0), log_p_BxV)
-    done_B = _is_end(token_B, ends_E)
+    token_B = next_tokens(models[0], params[0], last_BxD, _fold(keys_B, 0), sampling, vocab_size)
+    done_B = is_end(token_B, ends_E)
     B = len(prompt_BxT)
     new_BxN = jnp.full((B, capacity), -1, jnp.int32).at[:, 0].set(jnp.where(done_B, -1, token_B))
     zero = jnp.int32(0)
@@ -151,13 +150,11 @@ def _propose_and_judge(models, params, state, setting, until_B, G):
     def propose(carry, i):
         token_B, cache = carry
         hidden_Bx1xD, cache = draft.hidden(draft_its, token_B[:, None], positions=(first_B + i)[:, None], cache=cache)
-        log_q_BxV = jax.nn.log_softmax(
-            drawn_from(logits_below(draft, draft_its, hidden_Bx1xD[:, 0], vocab_size), sampling)
-        )
-        next_B = _categorical(_fold(draft_B, i), log_q_BxV)
-        return (next_B, cache), (next_B, log_q_BxV)
+        weights_BxV = drawn_from(logits_below(draft, draft_its, hidden_Bx1xD[:, 0], vocab_size), sampling)
+        next_B = _categorical(_fold(draft_B, i), weights_BxV)
+        return (next_B, cache), (next_B, jax.nn.softmax(weights_BxV))
 
-    (final_B, draft_cache), (proposed_GxB, log_q_GxBxV) = jax.lax.scan(
+    (final_B, draft_cache), (proposed_GxB, q_GxBxV) = jax.lax.scan(
         propose, (state.token_B, state.draft_cache), jnp.arange(G)
     )
     proposed_BxG = proposed_GxB.T
@@ -165,7 +162,7 @@ def _propose_and_judge(models, params, state, setting, until_B, G):
     at_BxF = first_B[:, None] + jnp.arange(G + 1)
     hidden_BxFxD, cache = model.hidden(its, tokens_BxF, positions=at_BxF, cache=state.cache)
     p_BxFxV = jax.nn.softmax(drawn_from(logits_below(model, its, hidden_BxFxD, vocab_size), sampling))
-    q_BxGxV = _fit(jnp.exp(jnp.moveaxis(log_q_GxBxV, 0, 1)), p_BxFxV.shape[-1])
+    q_BxGxV = _fit(jnp.moveaxis(q_GxBxV, 0, 1), p_BxFxV.shape[-1])
 
     p_BxG, q_BxG = (jnp.take_along_axis(a, proposed_BxG[..., None], 2)[..., 0] for a in (p_BxFxV[:, :G], q_BxGxV))
     u_BxG = jax.vmap(lambda key: jax.random.uniform(key, (G,)))(judge_B)
@@ -180,7 +177,7 @@ def _propose_and_judge(models, params, state, setting, until_B, G):
 
     i = jnp.arange(G + 1)
     new_BxF = jnp.where(i < kept_B[:, None], jnp.pad(proposed_BxG, ((0, 0), (0, 1))), corrected_B[:, None])
-    ended_BxF = jnp.cumsum(_is_end(new_BxF, ends_E) & (i <= kept_B[:, None]), 1) > 0
+    ended_BxF = jnp.cumsum(is_end(new_BxF, ends_E) & (i <= kept_B[:, None]), 1) > 0
     valid_BxF = (i <= kept_B[:, None]) & going_B[:, None]
     columns = jnp.where(valid_BxF, state.drawn_B[:, None] + i, state.new_BxN.shape[1])
     new_BxN = state.new_BxN.at[jnp.arange(len(kept_B))[:, None], columns].set(
@@ -213,10 +210,6 @@ def _fold(keys_B, data):
 
 def _categorical(keys_B, logits_BxV):
     return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)
-
-
-def _is_end(tokens, ends_E):
-    return (tokens[..., None] == ends_E).any(-1)
 
 
 def _fit(q, V):

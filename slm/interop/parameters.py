@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm.config import ModelConfig
-from slm.errors import CheckpointError, ConfigError
+from slm.errors import CheckpointError
 from slm.interop.families.family import Names
 from slm.interop.layout import Link
 from slm.models.counts import abstract_parameters
-from slm.models.int8 import has_int8
+from slm.models.int8 import check_float_weights
 from slm.models.mixers import Layer
 from slm.models.transformer import GROUPS, Transformer
 
@@ -162,8 +162,7 @@ def tensors_of(params: Any, bound: list[Bound], dtype: Any) -> Iterator[tuple[st
 
     Raises ConfigError for 8-bit weights.
     """
-    if has_int8(params):
-        raise ConfigError("slm.int8_weights makes models for running only: save the model that this one comes from")
+    check_float_weights(params)
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(params)
     }

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm.errors import CheckpointError, ConfigError
+from slm.models.int8 import check_float_weights
 from slm.models.language_model import LanguageModel
 
 FUNCTIONS = ("forward", "start", "decode")
@@ -58,6 +59,7 @@ def save_stablehlo(
         raise ConfigError("jax.export serializes with the package flatbuffers: pip install flatbuffers")
     if batch < 1 or length < 1 or not platforms:
         raise ConfigError("batch and length must be at least 1, and platforms name at least one")
+    check_float_weights(model.params)
     transformer = model.transformer
 
     def forward(weights, tokens):

@@ -5,31 +5,40 @@ Weights are rounded to the nearest of 255 steps of their column's largest (symme
 that is done in registers, so that a decode step reads a quarter of float32's bytes.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+
+from slm.errors import ConfigError
 
 LARGEST = 127
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True)
 class Int8Matrix:
-    """values * scale; stands wherever a kernel (..., in, out) or an embedding (V, D) stands among parameters."""
+    """values * scale; stands wherever a kernel (..., in, out) or an embedding (V, D) stands among parameters.
+
+    In paths of parameters it looks like a dict, so that rules by name hold.
+    """
 
     values: jax.Array
     """int8, of the matrix's shape."""
     scale: jax.Array
     """float32, of size 1 where the matrix's inputs are: (..., 1, out), or (V, 1)."""
 
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.DictKey(name), getattr(self, name)) for name in ("values", "scale")], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
-
-    @property
-    def T(self) -> "Int8Matrix":
-        return Int8Matrix(self.values.T, self.scale.T)
 
     def __getitem__(self, rows) -> jax.Array:
         """Rows of an embedding, float32."""
@@ -40,10 +49,16 @@ class Int8Matrix:
         return (self.values * self.scale).astype(dtype)
 
 
-def has_int8(params: Any) -> bool:
-    """Whether there is an Int8Matrix among the parameters."""
+def as_array(matrix) -> jax.Array:
+    """A matrix of parameters as floats."""
+    return matrix.astype(jnp.float32) if isinstance(matrix, Int8Matrix) else matrix
+
+
+def check_float_weights(params: Any) -> None:
+    """Raises ConfigError if there is an Int8Matrix among the parameters."""
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix))
-    return any(isinstance(leaf, Int8Matrix) for leaf in leaves)
+    if any(isinstance(leaf, Int8Matrix) for leaf in leaves):
+        raise ConfigError("slm.int8_weights makes models for running only: save the model that this one comes from")
 
 
 def to_int8(matrix: jax.Array, inputs: int) -> Int8Matrix:

@@ -46,9 +46,10 @@ class Arguments:
     chunk: int = 128
     """Tokens of a prompt read at once; others wait that long for their next token."""
     int8: bool = False
-    """Round the weights to 8 bits first: a quarter of float32's memory, and on a CPU somewhat faster texts."""
+    """Round the weights to 8 bits once they are loaded: a quarter of float32's memory. On a CPU, with --slots 1
+    answers come somewhat sooner."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Of cached keys and values; each is half or a quarter of the one before. None: that of computation."""
+    """Of cached keys and values; each is about half of the one before. None: that of computation."""
     queue: int = 32
     """Requests that may wait for a slot; more are told to come back later (429)."""
     timeout: float = 600.0

@@ -20,6 +20,7 @@ from slm.config import ModelConfig
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.onnx.convert import convert
 from slm.interop.onnx.graph import IR_VERSION, OPSET, Graph, Parameters, Tensor, constant
+from slm.models.int8 import check_float_weights
 from slm.models.language_model import LanguageModel, answers
 from slm.models.mixers import MIXERS, layer_pattern
 from slm.models.transformer import Transformer
@@ -48,11 +49,13 @@ def save_onnx(
       forward pass differ where a text is longer than the trained length.
 
     Raises:
-      ConfigError: the model computes something that is not converted, a size cannot be, or the package onnx is missing.
+      ConfigError: the weights are 8-bit ones, the model computes something that is not converted, a size cannot be, or
+        the package onnx is missing.
       CheckpointError: the folder cannot be written.
     """
     from safetensors.numpy import save_file
 
+    check_float_weights(model.params)
     if not importlib.util.find_spec("onnx"):
         raise ConfigError("ONNX files are written with the package onnx: pip install onnx")
     if batch < 1 or length < 1:
