@@ -21,10 +21,11 @@ from slm.errors import ConfigError
 from slm.models.blocks import block
 from slm.models.embedding import embed, init_embedding
 from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
-from slm.models.int8 import Int8Matrix, int8_product, int8_similarity
+from slm.models.int8 import Int8Matrix, as_array, int8_product, int8_similarity
 from slm.models.layers import norm
 from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
 from slm.models.rope import rope_tables
+from slm.models.watch import stream, watch
 
 _policies = jax.checkpoint_policies
 REMAT = {
@@ -85,7 +86,7 @@ class Transformer:
         # Backends do not change parameters, and some cannot run the float32 that parameters are made in.
         cfg = any_backend(self.cfg)
         x_BxTxD = jnp.zeros((1, 1, cfg.width))
-        context = self._context(jnp.zeros((1, 1), jnp.int32), None)
+        context = self.context(jnp.zeros((1, 1), jnp.int32), None)
         keys, depth = iter(jax.random.split(key, cfg.layers + 3)), 0
         one = next(keys)
         params = {"embed": init_embedding(cfg, one, next(keys) if cfg.position == "learned" else one)}
@@ -119,50 +120,65 @@ class Transformer:
         Returns:
           (hidden (B, T, D) after the last norm, new cache or None).
         """
-        x, cache, _ = self._forward(params, tokens, segment_ids, positions, token_types, cache, keep=False)
+        x, cache, _ = self._forward(params, tokens, segment_ids, positions, token_types, cache)
         return x, cache
 
     def hidden_states(self, params, tokens, *, segment_ids=None, positions=None, token_types=None):
         """What every layer says, (layers + 1, B, T, D): the embedded tokens, then the residual stream after each layer,
         of which the last is after the last norm, as `hidden` returns it. Arguments as there."""
-        return self._forward(params, tokens, segment_ids, positions, token_types, None, keep=True)[2]
+        where = {"segment_ids": segment_ids, "positions": positions}
+        x, layers = self.watched(params, tokens, stream, token_types=token_types, **where)
+        return jnp.stack([layers[0][""][0], *(seen[""][1] for seen in layers[:-1]), x])
 
-    def _forward(self, params, tokens, segment_ids, positions, token_types, cache, keep):
-        """(final hidden states, new cache or None, states of all layers if `keep`)."""
+    def watched(self, params, tokens, take, *, segment_ids=None, positions=None, token_types=None):
+        """The forward pass, and what `take` saw in it (slm.models.watch), without changing it.
+
+        Returns:
+          (hidden (B, T, D) after the last norm, a dict for each layer in order of depth).
+        """
+        x, _, seen = self._forward(params, tokens, segment_ids, positions, token_types, None, take)
+        return x, seen
+
+    def _forward(self, params, tokens, segment_ids, positions, token_types, cache, take=None):
+        """(final hidden states, new cache or None, what `take` saw in each layer)."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             if segment_ids is not None:
                 positions -= document_starts(segment_ids)
-        context = self._context(positions, segment_ids)
+        context = self.context(positions, segment_ids)
         x = embed(self.cfg, params["embed"], tokens, positions, token_types, self.dtype)
-        new_cache, depth, states = {}, 0, [x[None]]
+        new_cache, depth, seen = {}, 0, []
         for group, (pattern, repeats) in self.groups.items():
             group_cache = None if cache is None else cache[group]
             depths = depth + len(pattern) * jnp.arange(repeats)
-            x, new_cache[group], after = self._run(pattern, params[group], x, context, depths, group_cache, keep)
+            x, new_cache[group], stacked = self._run(pattern, params[group], x, context, depths, group_cache, take)
             depth += len(pattern) * repeats
-            states += [after.reshape(-1, *x.shape)] if keep else []
-        x = self.constrain(x)
-        if self.cfg.residual != "post":
-            x = self._norm().apply({"params": params["final_norm"]}, x)
-        states = jnp.concatenate([*states[:-1], states[-1][:-1], x[None]]) if keep else None
-        return x, None if cache is None else new_cache, states
+            seen += [jax.tree.map(lambda a, r=r: a[r], one) for r in range(repeats) for one in stacked]
+        x = self.final(params, self.constrain(x))
+        return x, None if cache is None else new_cache, seen
 
-    def _run(self, pattern, params, x, context, depths, cache, keep):
-        """Layers of one group, by scan or by a loop over slices of the same stacked trees: (x, new cache or None, if
-        `keep` x after each layer (repeats, pattern, B, T, D))."""
+    def final(self, params, x):
+        """Hidden states from the residual stream after the last layer."""
+        if self.cfg.residual == "post":
+            return x
+        return self._norm().apply({"params": params["final_norm"]}, x)
+
+    def _run(self, pattern, params, x, context, depths, cache, take):
+        """Layers of one group, by scan or by a loop over slices of the same stacked trees: (x, new cache or None, what
+        `take` saw in each layer of the pattern, stacked over its repeats)."""
 
         def period(x, one):
             period_params, first, period_cache = one
-            new_cache, after = {}, []
+            new_cache, seen = {}, []
             for i, layer in enumerate(pattern):
                 module = block(layer.cfg, layer.mechanism, self.dtype)
                 old = None if period_cache is None else period_cache[str(i)]
                 rope = context.local_rope if layer.local else context.rope
                 here = context.replace(layer=first + i, rope=rope, local_rope=None)
-                x, new_cache[str(i)] = module.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
-                after += [x] if keep else []
-            return x, (None if period_cache is None else new_cache, jnp.stack(after) if keep else None)
+                with watch(take) as one:
+                    x, new_cache[str(i)] = module.apply({"params": period_params[str(i)]}, self.constrain(x), here, old)
+                seen.append(one)
+            return x, (None if period_cache is None else new_cache, seen)
 
         if self.cfg.remat != "none" and cache is None:
             # CSE cannot undo the recomputation across iterations of a scan, so its guard is only needed unrolled.
@@ -184,8 +200,8 @@ class Transformer:
     def unembedding(self, params) -> jax.Array:
         """(D, V) matrix from hidden states, or (E, V) from those that a masked LM has transformed, to logits."""
         if has_kernel(self.cfg):
-            return params["head"]["kernel"]
-        columns = params["embed"]["embedding"].T
+            return as_array(params["head"]["kernel"])
+        columns = as_array(params["embed"]["embedding"]).T
         return jnp.concatenate([columns, params["head"]["rest"]["kernel"]]) if has_rest(self.cfg) else columns
 
     def readout(self, params, hidden) -> tuple[jax.Array, jax.Array]:
@@ -202,19 +218,24 @@ class Transformer:
     def logits(self, params, hidden) -> jax.Array:
         """float32 (..., V) from hidden (..., D), soft-capped if the config says so."""
         hidden = self._transformed(params, hidden)
-        kernel = self.unembedding(params)
-        if isinstance(kernel, Int8Matrix):
+        own = has_kernel(self.cfg)
+        matrix = params["head"]["kernel"] if own else params["embed"]["embedding"]
+        if isinstance(matrix, Int8Matrix):
             rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
-            tied = not has_kernel(self.cfg)
-            product = int8_similarity(rows, params["embed"]["embedding"]) if tied else int8_product(rows, kernel)
-            logits = product.reshape(*hidden.shape[:-1], -1)
-        elif self.cfg.tied and hidden.ndim == 2:
+            product = (int8_product if own else int8_similarity)(rows, matrix)
+            return self._finished(params, product.reshape(*hidden.shape[:-1], -1))
+        kernel = self.unembedding(params).astype(hidden.dtype)
+        if self.cfg.tied and hidden.ndim == 2:
             # A decode step has few rows. XLA:CPU computes embedding x hidden at memory speed and hidden x embedding^T
             # 2 to 20 times slower; the barrier keeps it from turning the one into the other.
-            product = jnp.dot(kernel.T.astype(hidden.dtype), hidden.T, preferred_element_type=jnp.float32)
+            product = jnp.dot(kernel.T, hidden.T, preferred_element_type=jnp.float32)
             logits = jax.lax.optimization_barrier(product).T
         else:
-            logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
+        return self._finished(params, logits)
+
+    def _finished(self, params, logits):
+        """Divided, shifted and capped as the config says."""
         if self.cfg.logit_divisor != 1:
             logits /= self.cfg.logit_divisor
         if has_bias(self.cfg):
@@ -260,7 +281,12 @@ class Transformer:
         return all(layer.mixer.rewinds(layer.configured) for layer in layers(self.cfg))
 
     def _cache_dtype(self, layer: Layer, dtype: Any) -> Any:
-        dtype = jnp.dtype(dtype or self.dtype)
+        try:
+            dtype = jnp.dtype(self.dtype if dtype is None else dtype)
+        except TypeError:
+            raise ConfigError(f"cache_dtype = {dtype!r}: no such dtype; use float32, bfloat16 or int8") from None
+        if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+            raise ConfigError(f"cache_dtype = {dtype.name}: keys and values need float32, bfloat16 or int8")
         if dtype != jnp.int8 or layer.mixer.int8_cache:
             return dtype
         if layer.mixer.int8_cache is None:
@@ -270,7 +296,8 @@ class Transformer:
     def _norm(self):
         return norm("final_norm", self.cfg, self.dtype)
 
-    def _context(self, positions, segment_ids) -> Context:
+    def context(self, positions, segment_ids) -> Context:
+        """What layers are told about tokens at positions (B, T) of segments (B, T) or None."""
         cfg = self.cfg
         if cfg.position != "rope":
             return Context(positions, segment_ids, {})

@@ -1,0 +1,99 @@
+"""From scores of weights to masks: which patterns of zeros there are, and what weights compete with.
+
+A matrix is (..., in, out), stacked over layers. Masks are bool, True where a weight stays. All of it traces, and
+`sparsity` may be a traced scalar, so that a schedule needs no compilation of its own.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slm.errors import ConfigError
+
+SCOPES = ("layer", "output", "global")
+"""What weights compete with: the others of their matrix (in their layer), those of their output, or all of the model."""
+
+
+def keep_masks(scores: dict[str, jax.Array], sparsity: Any, scope: str = "layer", pattern: str = "unstructured"):
+    """Masks of exactly the asked share of zeros (to the nearest weight, block, or group): dict like `scores`.
+
+    Args:
+      scores: name of a matrix to (layers, in, out) float: the lowest go.
+      sparsity: share of zeros, from 0 to 1; of no meaning for N:M patterns, which have their own.
+      scope: see SCOPES; of no meaning for N:M.
+      pattern: `unstructured`; `N:M`, at most N of M weights that follow each other along the inputs stay (`2:4`); or
+        `RxC`, blocks of R inputs and C outputs that go together (`16x16`).
+
+    Raises ConfigError for a pattern that is none of these, or that does not divide a matrix.
+    """
+    kind, numbers = parse_pattern(pattern)
+    if kind == "n:m":
+        return {name: _n_of_m(score, *numbers, name) for name, score in scores.items()}
+    blocks = {name: _blocks(score, *numbers, name) for name, score in scores.items()}
+    if scope == "global":
+        flat = jnp.concatenate([b.reshape(-1) for b in blocks.values()])
+        parts = jnp.split(_keep_highest(flat, sparsity), _offsets(blocks.values()))
+        masks = {name: part.reshape(b.shape) for (name, b), part in zip(blocks.items(), parts)}
+    elif scope == "output":
+        masks = {
+            name: jnp.swapaxes(_keep_highest(jnp.swapaxes(b, -1, -2), sparsity), -1, -2) for name, b in blocks.items()
+        }
+    elif scope == "layer":
+        masks = {
+            name: _keep_highest(b.reshape(*b.shape[:-2], -1), sparsity).reshape(b.shape) for name, b in blocks.items()
+        }
+    else:
+        raise ConfigError(f"prune.scope = {scope!r}: one of {', '.join(SCOPES)}")
+    rows, columns = numbers
+    return {name: jnp.repeat(jnp.repeat(mask, rows, -2), columns, -1) for name, mask in masks.items()}
+
+
+def parse_pattern(pattern: str) -> tuple[str, tuple[int, int]]:
+    """("n:m", (N, M)) or ("blocks", (rows, columns)), 1 x 1 for unstructured. Raises ConfigError."""
+    if pattern == "unstructured":
+        return "blocks", (1, 1)
+    if found := re.fullmatch(r"(\d+):(\d+)", pattern):
+        n, m = int(found[1]), int(found[2])
+        if 0 < n < m:
+            return "n:m", (n, m)
+    if (found := re.fullmatch(r"(\d+)x(\d+)", pattern)) and int(found[1]) and int(found[2]):
+        return "blocks", (int(found[1]), int(found[2]))
+    raise ConfigError(f"prune.pattern = {pattern!r}: unstructured, N:M such as 2:4, or blocks such as 16x16")
+
+
+def _keep_highest(scores, sparsity):
+    """Bool like scores (..., n): all but the round(sparsity n) lowest along the last axis; of equals, the later stay."""
+    n = scores.shape[-1]
+    drop = jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
+    order = jnp.argsort(scores, -1)
+    ranks = jnp.argsort(order, -1)
+    return ranks >= drop
+
+
+def _n_of_m(scores, n, m, name):
+    inputs, outputs = scores.shape[-2:]
+    if inputs % m:
+        raise ConfigError(f"prune.pattern = {n}:{m}: the {inputs} inputs of {name} are not divisible by {m}")
+    groups = jnp.swapaxes(scores.reshape(*scores.shape[:-2], inputs // m, m, outputs), -1, -2)
+    return jnp.swapaxes(_keep_highest(groups, 1 - n / m), -1, -2).reshape(scores.shape)
+
+
+def _blocks(scores, rows, columns, name):
+    inputs, outputs = scores.shape[-2:]
+    if inputs % rows or outputs % columns:
+        raise ConfigError(f"prune.pattern = {rows}x{columns} does not divide {name}, which is {inputs} x {outputs}")
+    if rows == columns == 1:
+        return scores
+    return scores.reshape(*scores.shape[:-2], inputs // rows, rows, outputs // columns, columns).sum((-3, -1))
+
+
+def _offsets(arrays):
+    sizes, total = [math.prod(a.shape) for a in arrays], 0
+    offsets = []
+    for size in sizes[:-1]:
+        total += size
+        offsets.append(total)
+    return offsets

@@ -1,0 +1,154 @@
+"""Sections of the experiment that make a model smaller: what a run distils from, prunes, shrinks, quantizes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hinge_ranking", "logistic_ranking"
+]
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Learning from a teacher (Hinton et al. 2015). Off unless teacher or cached is set."""
+
+    teacher: str | None = None
+    """Model to learn from: a run, a Hugging Face folder or a GGUF file, with the student's vocabulary."""
+    cached: str | None = None
+    """Folder of a teacher's most likely tokens, written before (slm.compress.cache_teacher), instead of a teacher."""
+    self_distill: bool = False
+    """Allow a teacher that is the model which training starts from."""
+    loss: Divergence = "forward_kl"
+    """Divergence between the teacher's and the student's next token."""
+    alpha: float = 0.9
+    """Weight of that divergence; the cross-entropy of the text gets 1 - alpha."""
+    temperature: float = 1.0
+    """Divides both models' logits; the divergence is multiplied by its square."""
+    beta: float = 0.5
+    """Of jsd: the teacher's share of the mixture (GKD, Agarwal et al. 2024); of skew_kl and skew_reverse_kl: how much of
+    the other is mixed in (DistiLLM, Ko et al. 2024)."""
+    alpha_end: float | None = None
+    """alpha at the last step; None: as at the first."""
+    temperature_end: float | None = None
+    """temperature at the last step; None: as at the first."""
+    beta_end: float | None = None
+    """beta at the last step; None: as at the first."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """Way from the first to the last of these."""
+    missing: Literal["zero", "uniform", "renormalize"] = "uniform"
+    """Probability that cached logits leave out: no token's, spread over all others, or given to those that are there."""
+    pad_vocabulary: bool = False
+    """Allow vocabularies whose tokens agree but which are padded to different sizes."""
+    layers: tuple[int, ...] = ()
+    """Teacher layer, from 1, that each student layer imitates, 0 for none; empty: spread evenly (TinyBERT)."""
+    hidden: float = 0.0
+    """Weight of the distance between hidden states, through a learned projection where widths differ."""
+    hidden_loss: Literal["mse", "cosine"] = "mse"
+    """Mean squared error, or 1 - cosine (DistilBERT)."""
+    attention: float = 0.0
+    """Weight of the mean squared error between attention matrices (TinyBERT, Jiao et al. 2020); equal head counts."""
+    relations: float = 0.0
+    """Weight of the KL divergence between the last layers' relations of queries, keys and values (MiniLM v2, Wang et
+    al. 2021)."""
+    relation_heads: int = 0
+    """Heads that relations are cut into; 0: the student's."""
+    on_policy: float = 0.0
+    """Share of steps whose text the student continues itself from the first tokens of each row (GKD's lambda)."""
+    prompt_tokens: int = 16
+    """Tokens of each row that are kept as a prompt in such a step."""
+    sample_temperature: float = 1.0
+    """Of the student's continuations."""
+
+    @property
+    def on(self) -> bool:
+        return self.teacher is not None or self.cached is not None
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Zeros in the matrices of layers while training. Off at sparsity 0. Masks save neither time nor memory by
+    themselves: `shrink` does."""
+
+    sparsity: float = 0.0
+    """Share of weights that become zero; N:M patterns have their own."""
+    criterion: Literal["magnitude", "random", "movement", "taylor", "wanda", "sparsegpt"] = "magnitude"
+    """What is kept: large weights; any; those that grow (Sanh et al. 2020); large gradient times weight (Molchanov et al.
+    2019); large weight times input (Sun et al. 2024); by second order, with an update of the rest (Frantar & Alistarh
+    2023). The last two prune once, before the first step."""
+    scope: Literal["layer", "output", "global"] = "layer"
+    """What weights compete with: those of their matrix, of their output, or of all matrices."""
+    pattern: str = "unstructured"
+    """Where zeros may be: `unstructured`, `2:4` (2 of 4 stay along the inputs), or blocks such as `16x16`."""
+    schedule: Literal["one_shot", "cubic", "iterative", "ste", "set", "rigl"] = "cubic"
+    """one_shot: all at begin_step; cubic: gradually (Zhu & Gupta 2018); iterative: in equal steps; ste: cubic, and pruned
+    weights go on learning; set, rigl: sparse from the start, where some weights move at every update, to random places
+    (Mocanu et al. 2018) or to those of large gradients (Evci et al. 2020)."""
+    begin_step: int = 0
+    """Step of the first mask."""
+    end_step: int | None = None
+    """Step of the last change of masks; None: three quarters of the run."""
+    every: int = 10
+    """Steps between changes of masks."""
+    regrow: float = 0.3
+    """Share of the remaining weights that set and rigl move at first; falls to zero by a cosine."""
+    skip: tuple[str, ...] = ()
+    """Matrices that stay dense: regular expressions of whole names, such as `.*/mixer/value/kernel`."""
+    calibration: int = 64
+    """Training sequences that wanda and sparsegpt measure."""
+
+    @property
+    def on(self) -> bool:
+        return self.sparsity > 0 or ":" in self.pattern
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """A smaller dense model, cut out of model.init_from before the first step: an ordinary model from then on."""
+
+    layers: int | None = None
+    """Layers to keep; those go whose output is most like their input (block influence, Men et al. 2024)."""
+    keep_layers: tuple[int, ...] = ()
+    """Layers to keep by number, from 0, instead (DistilBERT: every second)."""
+    width: int | None = None
+    """Channels of the residual stream to keep."""
+    mlp_width: int | None = None
+    """Channels of each feed-forward to keep."""
+    kv_heads: int | None = None
+    """Groups of heads with common keys and values to keep; each takes its query heads along."""
+    criterion: Literal["activation", "taylor", "weight_norm", "random"] = "activation"
+    """What is kept of a width: channels and heads of large activations (Minitron, Muralidharan et al. 2024), of large
+    gradient times activation, of large weights, or any."""
+    calibration: int = 64
+    """Training sequences that are measured."""
+
+    @property
+    def on(self) -> bool:
+        return bool(self.keep_layers) or any(
+            size is not None for size in (self.layers, self.width, self.mlp_width, self.kv_heads)
+        )
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Training with rounded weights (QAT), so that the quantized model loses little. Off at scheme = none."""
+
+    scheme: Literal["none", "int8", "int4", "int3", "int2", "nf4", "ternary", "fp8"] = "none"
+    """Grid of the weights inside layers."""
+    group_size: int | None = None
+    """Inputs that share a scale; None: all of an output (ternary: all of a matrix)."""
+    symmetric: bool = True
+    """Integers around zero; False: with a zero point that is a float, as in GGUF's Q4_1."""
+    method: Literal["ste", "lsq"] = "ste"
+    """Scales from the weights at each step, or learned (LSQ, Esser et al. 2020)."""
+    activations: Literal["none", "int8"] = "none"
+    """Round the inputs of these matrices too, each token by itself."""
+    embedding: bool = False
+    """Round the embedding too (8 bits at least)."""
+    begin_step: int = 0
+    """First step with rounded weights."""
+    skip: tuple[str, ...] = ()
+    """Matrices that are not rounded: regular expressions of whole names."""
+
+    @property
+    def on(self) -> bool:
+        return self.scheme != "none"
