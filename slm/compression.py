@@ -25,8 +25,8 @@ class DistillConfig:
     temperature: float = 1.0
     """Divides both models' logits; the divergence is multiplied by its square."""
     beta: float = 0.5
-    """Of jsd: the teacher's share of the mixture (GKD, Agarwal et al. 2024); of skew_kl and skew_reverse_kl: how much of
-    the other is mixed in (DistiLLM, Ko et al. 2024)."""
+    """Of jsd: the teacher's share of the mixture (GKD, Agarwal et al. 2024); of skew_kl and skew_reverse_kl: how much
+    of the other is mixed in (DistiLLM, Ko et al. 2024)."""
     alpha_end: float | None = None
     """alpha at the last step; None: as at the first."""
     temperature_end: float | None = None
@@ -36,7 +36,7 @@ class DistillConfig:
     schedule: Literal["linear", "cosine"] = "linear"
     """Way from the first to the last of these."""
     missing: Literal["zero", "uniform", "renormalize"] = "uniform"
-    """Probability that cached logits leave out: no token's, spread over all others, or given to those that are there."""
+    """Probability that cached logits leave out: no token's, spread over all others, or given to those that are in."""
     pad_vocabulary: bool = False
     """Allow vocabularies whose tokens agree but which are padded to different sizes."""
     layers: tuple[int, ...] = ()
@@ -72,17 +72,17 @@ class PruneConfig:
     sparsity: float = 0.0
     """Share of weights that become zero; N:M patterns have their own."""
     criterion: Literal["magnitude", "random", "movement", "taylor", "wanda", "sparsegpt"] = "magnitude"
-    """What is kept: large weights; any; those that grow (Sanh et al. 2020); large gradient times weight (Molchanov et al.
-    2019); large weight times input (Sun et al. 2024); by second order, with an update of the rest (Frantar & Alistarh
-    2023). The last two prune once, before the first step."""
+    """What is kept: large weights; any; those that grow (Sanh et al. 2020); large gradient times weight (Molchanov et
+    al. 2019); large weight times input (Sun et al. 2024); by second order, with an update of the rest (Frantar &
+    Alistarh 2023). The last two prune once, before the first step."""
     scope: Literal["layer", "output", "global"] = "layer"
     """What weights compete with: those of their matrix, of their output, or of all matrices."""
     pattern: str = "unstructured"
     """Where zeros may be: `unstructured`, `2:4` (2 of 4 stay along the inputs), or blocks such as `16x16`."""
     schedule: Literal["one_shot", "cubic", "iterative", "ste", "set", "rigl"] = "cubic"
-    """one_shot: all at begin_step; cubic: gradually (Zhu & Gupta 2018); iterative: in equal steps; ste: cubic, and pruned
-    weights go on learning; set, rigl: sparse from the start, where some weights move at every update, to random places
-    (Mocanu et al. 2018) or to those of large gradients (Evci et al. 2020)."""
+    """one_shot: all at begin_step; cubic: gradually (Zhu & Gupta 2018); iterative: in equal steps; ste: cubic, and
+    pruned weights go on learning; set, rigl: sparse from the start, where some weights move at every update, to random
+    places (Mocanu et al. 2018) or to those of large gradients (Evci et al. 2020)."""
     begin_step: int = 0
     """Step of the first mask."""
     end_step: int | None = None

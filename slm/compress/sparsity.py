@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from slm.errors import ConfigError
 
 SCOPES = ("layer", "output", "global")
-"""What weights compete with: the others of their matrix (in their layer), those of their output, or all of the model."""
+"""What weights compete with: those of their matrix (in their layer), of their output, or all of the model."""
 
 
 def keep_masks(scores: dict[str, jax.Array], sparsity: Any, scope: str = "layer", pattern: str = "unstructured"):
@@ -65,7 +65,7 @@ def parse_pattern(pattern: str) -> tuple[str, tuple[int, int]]:
 
 
 def _keep_highest(scores, sparsity):
-    """Bool like scores (..., n): all but the round(sparsity n) lowest along the last axis; of equals, the later stay."""
+    """Bool like scores (..., n): all but the round(sparsity n) lowest of the last axis; of equals, the later stay."""
     n = scores.shape[-1]
     drop = jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
     order = jnp.argsort(scores, -1)
