@@ -1,7 +1,10 @@
 """Sections of the experiment that make a model smaller: what a run distils from, prunes, shrinks, quantizes."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from slm.errors import ConfigError
 
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hinge_ranking", "logistic_ranking"
@@ -152,3 +155,159 @@ class QuantizeConfig:
     @property
     def on(self) -> bool:
         return self.scheme != "none"
+
+
+def check_compression(cfg: Any) -> None:
+    """Raises ConfigError where these sections of an Experiment contradict each other or the rest of it."""
+    _check_distill(cfg)
+    _check_prune(cfg)
+    _check_shrink(cfg)
+    _check_quantize(cfg)
+
+
+def _demand(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _check_distill(cfg: Any) -> None:
+    d = cfg.distill
+    if not d.on:
+        changed = [name for name in ("hidden", "attention", "relations", "on_policy") if getattr(d, name)]
+        _demand(not changed, f"distill.{(changed or [''])[0]} needs a teacher: set distill.teacher, or leave it at 0")
+        return
+    _demand(
+        d.teacher is None or d.cached is None,
+        "distill.teacher and distill.cached exclude each other: cached logits stand for the teacher; leave one out",
+    )
+    for name in ("alpha", "beta"):
+        for field in (name, f"{name}_end"):
+            value = getattr(d, field)
+            _demand(value is None or 0 <= value <= 1, f"distill.{field} = {value}: must be between 0 and 1")
+    for field in ("temperature", "temperature_end", "sample_temperature"):
+        value = getattr(d, field)
+        _demand(value is None or value > 0, f"distill.{field} = {value}: must be above 0")
+    for field in ("hidden", "attention", "relations"):
+        _demand(getattr(d, field) >= 0, f"distill.{field} = {getattr(d, field)}: a weight must be at least 0")
+        _demand(
+            not (getattr(d, field) and d.cached),
+            f"distill.{field} = {getattr(d, field)}: cached logits know nothing of a teacher's inside; set "
+            "distill.teacher instead of distill.cached",
+        )
+    _demand(0 <= d.on_policy <= 1, f"distill.on_policy = {d.on_policy}: a share of steps, between 0 and 1")
+    _demand(
+        not (d.on_policy and d.cached),
+        f"distill.on_policy = {d.on_policy}: cached logits are those of the training text, not of the student's; set "
+        "distill.teacher instead of distill.cached",
+    )
+    _demand(
+        1 <= d.prompt_tokens < cfg.data.sequence_length or not d.on_policy,
+        f"distill.prompt_tokens = {d.prompt_tokens}: must be from 1 to data.sequence_length - 1 = "
+        f"{cfg.data.sequence_length - 1}",
+    )
+    _demand(
+        d.self_distill or d.teacher is None or d.teacher != cfg.model.init_from or cfg.shrink.on or cfg.prune.on
+        or cfg.quantize.on,
+        f"distill.teacher = {d.teacher!r} is model.init_from itself, and nothing makes the student smaller: set "
+        "distill.self_distill if that is meant",
+    )  # fmt: skip
+
+
+def _check_prune(cfg: Any) -> None:
+    p, steps = cfg.prune, cfg.train.steps
+    _demand(0 <= p.sparsity < 1, f"prune.sparsity = {p.sparsity}: must be at least 0 and below 1")
+    _demand(
+        p.pattern == "unstructured" or bool(re.fullmatch(r"\d+[:x]\d+", p.pattern)),
+        f"prune.pattern = {p.pattern!r}: unstructured, N:M such as 2:4, or blocks such as 16x16",
+    )
+    if not p.on:
+        return
+    end = prune_end(cfg)
+    one_shot = p.schedule == "one_shot"
+    _demand(
+        0 <= p.begin_step < steps,
+        f"prune.begin_step = {p.begin_step}: must be a step of the run, which has train.steps = {steps}",
+    )
+    _demand(
+        one_shot or p.begin_step < end <= steps,
+        f"prune.end_step = {end} must lie behind prune.begin_step = {p.begin_step}, and not behind train.steps = "
+        f"{steps}",
+    )
+    _demand(p.every >= 1, f"prune.every = {p.every}: must be at least 1")
+    _demand(0 < p.regrow < 1, f"prune.regrow = {p.regrow}: a share between 0 and 1")
+    _demand(
+        not (p.criterion in ("wanda", "sparsegpt") and (not one_shot or p.begin_step)),
+        f"prune.criterion = {p.criterion} prunes once, before training: set prune.schedule = one_shot and "
+        "prune.begin_step = 0",
+    )
+    _demand(
+        not (p.criterion in ("movement", "taylor") and one_shot and p.begin_step == 0),
+        f"prune.criterion = {p.criterion} needs gradients: set prune.begin_step to a step when there are some",
+    )
+    _demand(
+        not (p.schedule in ("set", "rigl") and (p.criterion != "magnitude" or ":" in p.pattern or p.begin_step)),
+        f"prune.schedule = {p.schedule} goes by magnitude, from step 0, without N:M: set prune.criterion = magnitude, "
+        "prune.pattern = unstructured and prune.begin_step = 0",
+    )
+    _demand(
+        not (":" in p.pattern and p.sparsity),
+        f"prune.sparsity = {p.sparsity}: prune.pattern = {p.pattern} has a share of zeros of its own; leave it at 0",
+    )
+    _demand(
+        not (cfg.optim.name == "schedule_free_adamw" and p.schedule != "ste"),
+        "prune: schedule_free_adamw averages weights, which would bring pruned ones back; use optim.name = adamw, or "
+        "prune.schedule = ste",
+    )
+
+
+def prune_end(cfg: Any) -> int:
+    """Step of the last change of masks."""
+    return cfg.train.steps * 3 // 4 if cfg.prune.end_step is None else cfg.prune.end_step
+
+
+def _check_shrink(cfg: Any) -> None:
+    s = cfg.shrink
+    if not s.on:
+        return
+    _demand(cfg.model.init_from is not None, "shrink needs a model to cut from: set model.init_from")
+    for field in ("layers", "width", "mlp_width", "kv_heads"):
+        value = getattr(s, field)
+        _demand(value is None or value >= 1, f"shrink.{field} = {value}: must be at least 1")
+    _demand(
+        not (s.keep_layers and s.layers),
+        "shrink.layers and shrink.keep_layers exclude each other: give the number, or the list",
+    )
+    _demand(
+        list(s.keep_layers) == sorted(set(s.keep_layers)),
+        f"shrink.keep_layers = {s.keep_layers}: numbers of layers from 0, each once, in rising order",
+    )
+
+
+def _check_quantize(cfg: Any) -> None:
+    q = cfg.quantize
+    if not q.on:
+        return
+    _demand(
+        q.group_size is None or q.group_size >= 2, f"quantize.group_size = {q.group_size}: must be at least 2, or None"
+    )
+    _demand(
+        q.symmetric or q.scheme.startswith("int"),
+        f"quantize.symmetric = false: {q.scheme} has no zero point; use int8 to int2",
+    )
+    _demand(
+        q.symmetric or not cfg.prune.on,
+        "quantize.symmetric = false with prune: a zero point that is a float moves pruned weights away from zero; use "
+        "symmetric integers",
+    )
+    _demand(
+        q.method == "ste" or (q.scheme.startswith("int") and q.symmetric),
+        f"quantize.method = lsq learns scales of symmetric integers; quantize.scheme = {q.scheme} needs ste",
+    )
+    _demand(
+        q.activations == "none" or (q.scheme == "int8" and q.symmetric and q.group_size is None),
+        "quantize.activations = int8 needs quantize.scheme = int8, symmetric and without groups",
+    )
+    _demand(
+        0 <= q.begin_step < cfg.train.steps,
+        f"quantize.begin_step = {q.begin_step}: must be a step of the run, which has train.steps = {cfg.train.steps}",
+    )

@@ -10,6 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from slm.compression import DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig, check_compression
 from slm.errors import ConfigError
 from slm.experiment import (
     CheckpointConfig,
@@ -27,13 +28,17 @@ from slm.experiment import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "DistillConfig",
     "Experiment",
     "LogConfig",
     "MeshConfig",
     "MixerConfig",
     "ModelConfig",
     "OptimConfig",
+    "PruneConfig",
+    "QuantizeConfig",
     "RopeConfig",
+    "ShrinkConfig",
     "TrainConfig",
     "check",
     "coerce",
@@ -65,7 +70,7 @@ def unknown_field(path: str) -> ConfigError:
     wanted = path.replace("-", "_")
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
     leaf = wanted.rsplit(".", 1)[-1]
-    by_leaf = {known_path.rsplit(".", 1)[-1]: known_path for known_path in known}
+    by_leaf = {known_path.rsplit(".", 1)[-1]: known_path for known_path in reversed(known)}
     near += [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=2, cutoff=0.7) if by_leaf[m] not in near]
     hint = f"did you mean {' or '.join(near)}?" if near else "see `python train.py --help` for all fields"
     return ConfigError(f"unknown field '{path}': {hint}")
@@ -251,6 +256,7 @@ def check(cfg: Experiment) -> Experiment:
         all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
         "mesh.data, mesh.fsdp, mesh.tensor: each at least 1, and at most one of them -1",
     )
+    check_compression(cfg)
     demand("/" not in cfg.name and cfg.name not in ("", ".", ".."), f"name = {cfg.name!r}: must be a plain folder name")
     return cfg
 

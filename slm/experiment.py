@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from slm.compression import DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig
+
 
 @dataclass(frozen=True)
 class MixerConfig:
@@ -293,6 +295,9 @@ class OptimConfig:
     """Decoupled weight decay, times the learning rate, on the parameters that the decay rule names."""
     clip_norm: float | None = 1.0
     """Clip the global gradient norm; None: off."""
+    only: tuple[str, ...] = ()
+    """Train only the parameters whose whole names match one of these regular expressions, such as `blocks/.*/mixer/.*`;
+    empty: all."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights and evaluate it; None: off."""
 
@@ -386,6 +391,10 @@ class Experiment:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    shrink: ShrinkConfig = field(default_factory=ShrinkConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
 
     @property
     def run_dir(self) -> Path:

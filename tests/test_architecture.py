@@ -30,20 +30,25 @@ HEAVY = {
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),  # names its modules as strings
     "errors": (set(), set()),
-    "experiment": (set(), set()),
-    "config": ({"errors", "experiment"}, set()),
+    "compression": ({"errors"}, set()),
+    "experiment": ({"compression"}, set()),
+    "config": ({"errors", "experiment", "compression"}, set()),
     "attention": (set(), set()),
     "models": ({"config", "errors", "attention"}, set()),
     "data": ({"config", "errors"}, set()),
     # The parts of training that are pure JAX must not drag the data libraries in; the loop opens the data when it runs.
-    "training": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "interop"}),
+    "training": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "interop", "compress"}),
     # Never training.loop: the loop evaluates, so that would be a circle.
     "evaluation": (
         {"config", "errors", "models", "training.step", "training.loss", "training.precision", "training.mesh"},
         {"data", "training.run", "training.compilation", "interop", "compress"},
     ),
     "interop": ({"config", "errors", "models"}, {"data"}),
-    "compress": ({"config", "errors", "models"}, set()),
+    # What training knows of it are values of slm.training.transforms and slm.training.objective.
+    "compress": (
+        {"config", "errors", "models", "training.transforms", "training.objective", "training.loss"},
+        {"data", "evaluation", "interop"},
+    ),
     "cli": ({"config", "errors"}, {"training"}),
     "serve": ({"errors", "evaluation", "models"}, {"data", "training.compilation", "compress"}),
     # The notebook's face: above everything, so in no other row.

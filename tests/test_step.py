@@ -39,8 +39,8 @@ def program(**changes):
     cfg = override(BASE, {name.replace("__", "."): value for name, value in changes.items()})
     make = step.make_train_step
 
-    def make_counting(transformer, optimizer, cfg):
-        function = make(transformer, optimizer, cfg)
+    def make_counting(transformer, optimizer, cfg, *techniques):
+        function = make(transformer, optimizer, cfg, *techniques)
 
         def train_step(state, batch):
             TRACES[cfg] += 1

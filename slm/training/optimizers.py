@@ -4,6 +4,7 @@ None of them clips: the train step calls `clip_by_global_norm`, whose norm it al
 int32 arrays, so it is saved, restored and sharded like parameters.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -30,18 +31,21 @@ def assignments(cfg: OptimConfig, params: Any) -> dict[str, Any]:
     return {"decay": rules.assign(rules.DECAY, params), "optimizer": names}
 
 
-def make_optimizer(cfg: OptimConfig, steps: int, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimConfig, steps: int, params: Any, trained: set[str] | None = None
+) -> optax.GradientTransformation:
     """The optimizer of a run of `steps` steps.
 
     Args:
       cfg: cfg.optim.
       steps: length of the run, which the schedule needs.
       params: parameters or their ShapeDtypeStructs; only names are used, to apply the rules.
+      trained: names of those that it will be given (see `select`); None: all.
 
     Raises:
       ConfigError: a parameter without exactly one rule, or settings that contradict each other.
     """
-    assigned = assignments(cfg, params)
+    assigned = {name: select(tree, trained) for name, tree in assignments(cfg, params).items()}
     schedule = make_schedule(cfg, steps)
     decay_and_rate = (
         optax.add_decayed_weights(cfg.weight_decay, mask=assigned["decay"]),
@@ -56,6 +60,50 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Any) -> optax.GradientT
         "muon": lambda cfg: optax.partition({"muon": _muon(cfg), "adamw": _adam(cfg)}, assigned["optimizer"]),
     }
     return optax.chain(directions[cfg.name](cfg), *decay_and_rate)
+
+
+def optimizer_of_learned(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """Adam without decay, at the run's learning rate, for parameters of techniques: scales, projections, adapters."""
+    return optax.chain(_adam(cfg), optax.scale_by_learning_rate(make_schedule(cfg, steps)))
+
+
+def trained_names(cfg: OptimConfig, params: Any, frozen: bool = False) -> set[str] | None:
+    """Names of the parameters that train; None: all; none of them if `frozen`.
+
+    Raises ConfigError for a pattern of cfg.only that matches none.
+    """
+    if frozen:
+        return set()
+    if not cfg.only:
+        return None
+    names = rules.paths(params)
+    for pattern in cfg.only:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ConfigError(
+                f"optim.only = {pattern!r} matches no parameter; there are, for example: {', '.join(names[:5])}"
+            )
+    return {name for name in names if any(re.fullmatch(pattern, name) for pattern in cfg.only)}
+
+
+def select(tree: Any, names: set[str] | None, prefix: str = "") -> Any:
+    """A tree of dicts without the leaves whose names are not in `names`; None: all of it."""
+    if names is None or not isinstance(tree, dict):
+        return tree
+    kept = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if not isinstance(value, dict):
+            kept |= {key: value} if path in names else {}
+        elif inner := select(value, names, f"{path}/"):
+            kept[key] = inner
+    return kept
+
+
+def merge(tree: Any, selected: Any) -> Any:
+    """`tree` with the leaves of `selected`, which `select` made of a tree like it."""
+    if not isinstance(selected, dict):
+        return selected
+    return {key: merge(value, selected[key]) if key in selected else value for key, value in tree.items()}
 
 
 def _adam(cfg: OptimConfig) -> optax.GradientTransformation:

@@ -26,6 +26,18 @@ class LossScale:
 
 
 @flax.struct.dataclass
+class Extra:
+    """What techniques carry beside the model (slm.training.transforms, slm.training.objective)."""
+
+    learned: dict[str, Any]
+    """Their own parameters by technique: learned scales, projections, adapters. float32."""
+    opt_state: Any
+    """Adam's, of `learned`."""
+    transforms: dict[str, Any]
+    """State of each transform, such as masks."""
+
+
+@flax.struct.dataclass
 class TrainState:
     """Parameters and everything that moves with them."""
 
@@ -38,3 +50,5 @@ class TrainState:
     """float32 exponential moving average of params, or None."""
     loss_scale: LossScale | None
     """None unless precision is float16."""
+    extra: Extra | None = None
+    """None without techniques."""

@@ -1,14 +1,15 @@
 """The one jitted train step, built in one place, with donated state and explicit shardings.
 
-    parameters -> view (cast to the compute dtype) -> model -> loss terms -> gradients -> clip -> optimizer -> EMA
+    parameters -> transforms -> what the model sees -> objective -> gradients -> clip -> optimizer -> transforms' update
+    -> EMA
 
-`view` is where parameter transforms (pruning masks, fake quantization, adapters) will stand, and `objective` is where
-further loss terms will: the step itself does not know which are on.
+Transforms (pruning masks, fake quantization, adapters) and the objective (cross-entropy, distillation) are values: the
+step does not know which are on. A teacher's parameters are an argument of the compiled step.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,12 +19,35 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slm.config import Experiment
 from slm.models.transformer import Transformer
-from slm.training import precision
-from slm.training.loss import cross_entropy, token_losses
-from slm.training.mesh import batch_sharding, state_shardings
-from slm.training.optimizers import clip_by_global_norm, evaluation_params, make_optimizer
+from slm.training import precision, transforms
+from slm.training.loss import token_losses
+from slm.training.mesh import batch_sharding, param_shardings, state_shardings
+from slm.training.objective import Objective, plain_objective
+from slm.training.optimizers import (
+    clip_by_global_norm,
+    evaluation_params,
+    make_optimizer,
+    merge,
+    optimizer_of_learned,
+    select,
+    trained_names,
+)
 from slm.training.schedules import make_schedule
-from slm.training.state import LossScale, TrainState
+from slm.training.state import Extra, LossScale, TrainState
+from slm.training.transforms import Moving, Transforms, where_finite
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """What a step does besides plain training."""
+
+    transforms: Transforms = field(default_factory=dict)
+    objective: Objective | None = None
+    """None: cross-entropy."""
+    teacher: Any = None
+    """Abstract parameters of a teacher, which the compiled step then takes as its third argument."""
+    extra_batch: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    """Further entries of a batch: name to (shape behind (B, T), dtype)."""
 
 
 @dataclass(frozen=True)
@@ -36,45 +60,53 @@ class Program:
     """key -> sharded initial state."""
     start: Callable[[Any], TrainState]
     """float32 parameters -> sharded initial state; they are donated."""
-    train: Callable[[TrainState, dict], tuple[TrainState, dict]]
-    """(state, batch) -> (state, metrics); the old state is donated. `.lower(state, batch).compile()` works on the
+    train: Callable[..., tuple[TrainState, dict]]
+    """(state, batch, *teacher) -> (state, metrics); the old state is donated. `.lower(...).compile()` works on the
     abstract values below."""
     evaluate: Callable[[Any, dict], dict]
     """(params, batch) -> {"nats", "correct"}, each (B, T) float32, unweighted."""
     evaluation_params: Callable[[TrainState], Any]
-    """state -> the weights to evaluate: the EMA, or schedule-free's average, or the parameters themselves."""
+    """state -> the weights to evaluate: the EMA, or schedule-free's average, or the parameters themselves; as the model
+    sees them."""
     state: TrainState
     """Abstract state with shardings."""
     batch: dict
     """Abstract global training batch with shardings."""
+    teacher: tuple
+    """() or (the teacher's abstract parameters with shardings,)."""
 
 
-def build(cfg: Experiment, mesh: Mesh) -> Program:
+def build(cfg: Experiment, mesh: Mesh, techniques: Techniques | None = None) -> Program:
     """The program of `cfg` on `mesh`. Allocates nothing. cfg.model.vocab_size must be set."""
     rows = batch_sharding(mesh)
     documents = cfg.data.packing == "documents"
+    techniques = techniques or Techniques()
 
     def constrain(x):
         return jax.lax.with_sharding_constraint(x, rows) if mesh.size > 1 else x
 
     transformer = Transformer(cfg.model, precision.compute_dtype(cfg.train.precision), constrain)
     abstract_params = jax.eval_shape(transformer.init, jax.random.key(0))
-    optimizer = make_optimizer(cfg.optim, cfg.train.steps, abstract_params)
+    trained = trained_names(cfg.optim, abstract_params, frozen=frozen(techniques.transforms))
+    optimizer = make_optimizer(cfg.optim, cfg.train.steps, abstract_params, trained)
+    objective = techniques.objective or plain_objective(transformer, cfg)
 
     def start(params) -> TrainState:
         return TrainState(
             step=jnp.int32(0),
             params=params,
-            opt_state=optimizer.init(params),
+            opt_state=optimizer.init(select(params, trained)),
             ema=None if cfg.optim.ema_decay is None else jax.tree.map(jnp.copy, params),
             loss_scale=LossScale.create() if cfg.train.precision == "float16" else None,
+            extra=start_extra(cfg, techniques.transforms, objective, params),
         )
 
     def init(key) -> TrainState:
         return start(transformer.init(key))
 
     def averaged(state: TrainState):
-        return evaluation_params(cfg.optim, state.opt_state, state.params) if state.ema is None else state.ema
+        params = evaluation_params(cfg.optim, state.opt_state, state.params) if state.ema is None else state.ema
+        return seen_by_model(techniques.transforms, params, state.extra, state.step)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     shardings = state_shardings(abstract, mesh)
@@ -82,7 +114,14 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
     options = compiler_options(mesh.devices.flat[0].platform)
     B, T = cfg.train.batch_size, cfg.data.sequence_length
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32", "segment_ids": "int32", "positions": "int32"}
-    step = make_train_step(transformer, optimizer, cfg)
+    batch = {name: jax.ShapeDtypeStruct((B, T), dtype, sharding=rows) for name, dtype in dtypes.items()}
+    for name, (shape, dtype) in techniques.extra_batch.items():
+        batch[name] = jax.ShapeDtypeStruct((B, T, *shape), dtype, sharding=rows)
+    teacher, teacher_shardings = (), ()
+    if techniques.teacher is not None:
+        teacher_shardings = (param_shardings(techniques.teacher, mesh),)
+        teacher = (_placed(techniques.teacher, *teacher_shardings),)
+    step = make_train_step(transformer, optimizer, cfg, techniques.transforms, objective, trained)
     return Program(
         transformer=transformer,
         mesh=mesh,
@@ -90,8 +129,8 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
         start=jax.jit(start, donate_argnums=0, in_shardings=(shardings.params,), out_shardings=shardings,
                       compiler_options=options),
         train=jax.jit(
-            step, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, replicated),
-            compiler_options=options,
+            step, donate_argnums=0, in_shardings=(shardings, rows, *teacher_shardings),
+            out_shardings=(shardings, replicated), compiler_options=options,
         ),
         evaluate=jax.jit(
             make_eval_step(transformer, documents, cfg.train.loss_chunk),
@@ -99,9 +138,34 @@ def build(cfg: Experiment, mesh: Mesh) -> Program:
             compiler_options=options,
         ),
         evaluation_params=jax.jit(averaged, in_shardings=(shardings,), out_shardings=shardings.params),
-        state=jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings),
-        batch={name: jax.ShapeDtypeStruct((B, T), dtype, sharding=rows) for name, dtype in dtypes.items()},
+        state=_placed(abstract, shardings),
+        batch=batch,
+        teacher=teacher,
     )  # fmt: skip
+
+
+def _placed(tree, shardings):
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+
+
+def frozen(transforms_: Transforms) -> bool:
+    """Whether a transform keeps the model's own parameters as they are."""
+    return any(transform.freezes for transform in transforms_.values())
+
+
+def start_extra(cfg: Experiment, transforms_: Transforms, objective: Objective, params: Any) -> Extra | None:
+    """What techniques carry, at step 0."""
+    learned = {name: transform.learn(params) for name, transform in transforms_.items()}
+    learned["objective"] = objective.init(jax.random.key(cfg.seed))
+    states = {name: transform.init(params) for name, transform in transforms_.items()}
+    if not jax.tree.leaves((learned, states)) and not transforms_:
+        return None
+    return Extra(learned, optimizer_of_learned(cfg.optim, cfg.train.steps).init(learned), states)
+
+
+def seen_by_model(transforms_: Transforms, params: Any, extra: Extra | None, step: jax.Array) -> Any:
+    """`params` after all transforms."""
+    return params if extra is None else transforms.apply(transforms_, params, extra.learned, extra.transforms, step)
 
 
 @functools.cache
@@ -122,38 +186,40 @@ def compiler_options(platform: str) -> dict[str, str | int]:
     return options
 
 
-def make_train_step(transformer: Transformer, optimizer: optax.GradientTransformation, cfg: Experiment):
-    """A pure (state, batch) -> (state, metrics).
+def make_train_step(
+    transformer: Transformer,
+    optimizer: optax.GradientTransformation,
+    cfg: Experiment,
+    transforms_: Transforms | None = None,
+    objective: Objective | None = None,
+    trained: set[str] | None = None,
+):
+    """A pure (state, batch, teacher=None) -> (state, metrics).
+
+    Args:
+      transformer, optimizer, cfg: as `build` makes them.
+      transforms_: between parameters and model.
+      objective: what is minimised; None: cross-entropy.
+      trained: names of the parameters that train; None: all.
 
     Metrics are float32 scalars: `loss` (nats a token, without the z-loss), `accuracy`, `tokens` (weights summed),
-    `grad_norm` (before clipping), `learning_rate`; with float16 also `loss_scale`, `skipped`, `skipped_in_a_row`.
+    `grad_norm` (before clipping), `learning_rate`, and what else the objective sums, per token; with float16 also
+    `loss_scale`, `skipped`, `skipped_in_a_row`.
     """
-    optim, train, documents = cfg.optim, cfg.train, cfg.data.packing == "documents"
+    optim, train = cfg.optim, cfg.train
     schedule = make_schedule(optim, train.steps)
+    transforms_, objective = transforms_ or {}, objective or plain_objective(transformer, cfg)
+    learned_optimizer = optimizer_of_learned(optim, train.steps)
 
-    def objective(params, batch):
-        view = precision.cast(params, transformer.dtype)
-        hidden, _ = transformer.hidden(
-            view, batch["tokens"], segment_ids=batch["segment_ids"] if documents else None, positions=batch["positions"]
-        )
-        return cross_entropy(
-            *transformer.readout(view, hidden),
-            batch["targets"],
-            batch["weights"],
-            z_loss=train.z_loss,
-            logit_softcap=cfg.model.logit_softcap,
-            chunk=train.loss_chunk,
-        )
-
-    def gradients(params, batch, scale):
+    def gradients(params, learned, batch, teacher, step, scale):
         """Gradients of scale * (sum of losses), accumulated in float32 over micro-batches, and the summed metrics."""
 
         def one(micro):
-            def scaled(params):
-                value, sums = objective(params, micro)
+            def scaled(params, learned):
+                value, sums = objective.apply(params, learned, micro, teacher, step)
                 return value * scale, sums
 
-            return jax.grad(scaled, has_aux=True)(params)
+            return jax.grad(scaled, argnums=(0, 1), has_aux=True)(params, learned)
 
         if train.accumulation == 1:
             return one(batch)
@@ -162,23 +228,41 @@ def make_train_step(transformer: Transformer, optimizer: optax.GradientTransform
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         return jax.lax.scan(lambda total, micro: (jax.tree.map(jnp.add, total, one(micro)), None), zeros, micros)[0]
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    def train_step(state: TrainState, batch: dict, teacher: Any = None) -> tuple[TrainState, dict]:
         # The weight of the whole batch is known before any loss is, so micro-batches add up to exactly its mean.
         weight = jnp.maximum(batch["weights"].sum(), 1)
-        loss_scale = state.loss_scale
+        loss_scale, extra = state.loss_scale, state.extra
         scale = (1.0 if loss_scale is None else loss_scale.scale) / weight
-        grads, sums = gradients(state.params, batch, scale)
+        learned = {} if extra is None else extra.learned
+
+        def seen(params, learned):
+            return seen_by_model(transforms_, params, extra and extra.replace(learned=learned), state.step)
+
+        # Transforms run once a step, not once a micro-batch, and masks want gradients of what the model saw as well.
+        view, pull_back = jax.vjp(seen, state.params, learned)
+        own = learned.get("objective", {})
+        (view_grads, own_grads), sums = gradients(view, own, batch, teacher, state.step, scale)
+        grads, learned_grads = pull_back(view_grads)
+        if extra is not None:
+            learned_grads["objective"] = own_grads
+        grads = select(grads, trained)
         if loss_scale is not None:
-            grads = precision.unscale(grads, loss_scale)
-        grads, grad_norm = clip_by_global_norm(grads, optim.clip_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            ema=None,
-            loss_scale=None,
-        )
+            grads, learned_grads, view_grads = (
+                precision.unscale(tree, loss_scale) for tree in (grads, learned_grads, view_grads)
+            )
+        (grads, learned_grads), grad_norm = clip_by_global_norm((grads, learned_grads), optim.clip_norm)
+        moving = select(state.params, trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, moving)
+        params = merge(state.params, optax.apply_updates(moving, updates))
+        new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=None, loss_scale=None)
+        if extra is not None:
+            updates, learned_state = learned_optimizer.update(learned_grads, extra.opt_state)
+            moved = Moving(new.step, params, opt_state, view_grads, cfg.seed)
+            states, moved = transforms.update(transforms_, extra.transforms, moved)
+            learned = optax.apply_updates(extra.learned, updates)
+            new = new.replace(
+                params=moved.params, opt_state=moved.opt_state, extra=Extra(learned, learned_state, states)
+            )
         metrics = {
             "loss": sums["nats"] / weight,
             "accuracy": sums["correct"] / weight,
@@ -186,12 +270,12 @@ def make_train_step(transformer: Transformer, optimizer: optax.GradientTransform
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - (0 if loss_scale is None else loss_scale.skipped)),
         }
+        metrics |= {name: value / weight for name, value in sums.items() if name not in ("nats", "correct")}
         if loss_scale is not None:
             finite = jnp.isfinite(grad_norm)
-            kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), (new.params, new.opt_state),
-                                (state.params, state.opt_state))  # fmt: skip
+            new = where_finite(finite, new, state.replace(step=new.step, ema=None, loss_scale=None))
             loss_scale = precision.update(loss_scale, finite)
-            new = new.replace(params=kept[0], opt_state=kept[1], loss_scale=loss_scale)
+            new = new.replace(loss_scale=loss_scale)
             metrics |= {
                 "loss_scale": loss_scale.scale,
                 "skipped": loss_scale.skipped.astype(jnp.float32),
