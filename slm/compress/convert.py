@@ -101,7 +101,8 @@ def transfer_objective(cfg: Experiment, transformer: Transformer, teacher: Trans
     it replaces, on the teacher's own inputs, over the mean square of that output; mean over the new layers. From then
     on: `then`.
 
-    Its sums are those of `then`, which are only measured during the transfer, and `transfer`. Raises ConfigError unless the teacher has the same depth and width.
+    Its sums are those of `then`, which are only measured during the transfer, and `transfer`.
+    Raises ConfigError unless the teacher has the same depth and width.
     """
     _check_teacher(transformer.cfg, teacher.cfg)
     documents, steps = cfg.data.packing == "documents", cfg.convert.transfer_steps
@@ -167,6 +168,6 @@ def _check_teacher(student: ModelConfig, teacher: ModelConfig) -> None:
         if mine != theirs:
             raise ConfigError(
                 f"convert.transfer_steps: the teacher has model.{field} = {theirs}, the model {mine}; mixers can only "
-                "be imitated layer by layer: set distill.teacher to the model that is converted, or leave convert.transfer_steps "
-                "at 0"
+                "be imitated layer by layer: set distill.teacher to the model that is converted, or leave "
+                "convert.transfer_steps at 0"
             )
