@@ -42,7 +42,11 @@ _HOME = {
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_save",
-    "int8_weights": "slm.compress.quantize",
+    "quantize": "slm.compress.quantize",
+    "dequantize": "slm.compress.quantize",
+    "convert": "slm.compress.convert",
+    "compare": "slm.evaluation.report",
+    "save": "slm.interop.saved",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",
 }

@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "training.transforms",
             "training.objective",
             "training.loss",
+            "training.precision",
             "training.step",
             "training.rules",
         },
