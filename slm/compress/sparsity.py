@@ -35,15 +35,15 @@ def keep_masks(scores: dict[str, jax.Array], sparsity: Any, scope: str = "layer"
     blocks = {name: _blocks(score, *numbers, name) for name, score in scores.items()}
     if scope == "global":
         flat = jnp.concatenate([b.reshape(-1) for b in blocks.values()])
-        parts = jnp.split(_keep_highest(flat, sparsity), _offsets(blocks.values()))
+        parts = jnp.split(keep_highest(flat, sparsity), _offsets(blocks.values()))
         masks = {name: part.reshape(b.shape) for (name, b), part in zip(blocks.items(), parts)}
     elif scope == "output":
         masks = {
-            name: jnp.swapaxes(_keep_highest(jnp.swapaxes(b, -1, -2), sparsity), -1, -2) for name, b in blocks.items()
+            name: jnp.swapaxes(keep_highest(jnp.swapaxes(b, -1, -2), sparsity), -1, -2) for name, b in blocks.items()
         }
     elif scope == "layer":
         masks = {
-            name: _keep_highest(b.reshape(*b.shape[:-2], -1), sparsity).reshape(b.shape) for name, b in blocks.items()
+            name: keep_highest(b.reshape(*b.shape[:-2], -1), sparsity).reshape(b.shape) for name, b in blocks.items()
         }
     else:
         raise ConfigError(f"prune.scope = {scope!r}: one of {', '.join(SCOPES)}")
@@ -64,7 +64,7 @@ def parse_pattern(pattern: str) -> tuple[str, tuple[int, int]]:
     raise ConfigError(f"prune.pattern = {pattern!r}: unstructured, N:M such as 2:4, or blocks such as 16x16")
 
 
-def _keep_highest(scores, sparsity):
+def keep_highest(scores, sparsity):
     """Bool like scores (..., n): all but the round(sparsity n) lowest of the last axis; of equals, the later stay."""
     n = scores.shape[-1]
     drop = jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
@@ -78,7 +78,7 @@ def _n_of_m(scores, n, m, name):
     if inputs % m:
         raise ConfigError(f"prune.pattern = {n}:{m}: the {inputs} inputs of {name} are not divisible by {m}")
     groups = jnp.swapaxes(scores.reshape(*scores.shape[:-2], inputs // m, m, outputs), -1, -2)
-    return jnp.swapaxes(_keep_highest(groups, 1 - n / m), -1, -2).reshape(scores.shape)
+    return jnp.swapaxes(keep_highest(groups, 1 - n / m), -1, -2).reshape(scores.shape)
 
 
 def _blocks(scores, rows, columns, name):
