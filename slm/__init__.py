@@ -47,6 +47,7 @@ _HOME = {
     "convert": "slm.compress.convert",
     "compare": "slm.evaluation.report",
     "save": "slm.interop.saved",
+    "prune": "slm.compress.prune",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",
 }
