@@ -46,7 +46,16 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "interop": ({"config", "errors", "models"}, {"data"}),
     # What training knows of it are values of slm.training.transforms and slm.training.objective.
     "compress": (
-        {"config", "errors", "models", "training.transforms", "training.objective", "training.loss"},
+        {
+            "config",
+            "errors",
+            "attention",
+            "models",
+            "training.transforms",
+            "training.objective",
+            "training.loss",
+            "training.precision",
+        },
         {"data", "evaluation", "interop"},
     ),
     "cli": ({"config", "errors"}, {"training"}),
