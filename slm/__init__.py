@@ -42,6 +42,7 @@ _HOME = {
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_save",
     "int8_weights": "slm.compress.quantize",
+    "cache_teacher": "slm.compress.cache_teacher",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",
 }

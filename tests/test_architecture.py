@@ -47,14 +47,17 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # What training knows of it are values of slm.training.transforms and slm.training.objective.
     "compress": (
         {
+            "attention",
+            "compression",
             "config",
             "errors",
-            "attention",
             "models",
             "training.transforms",
             "training.objective",
             "training.loss",
             "training.precision",
+            "training.step",
+            "training.rules",
         },
         {"data", "evaluation", "interop"},
     ),

@@ -40,7 +40,7 @@ def part_of(run_dir, *names, step=None):
 
 def stored_state(run_dir, step):
     """Every leaf by its path."""
-    parts = part_of(run_dir, "step", "params", "opt_state", "ema", step=step)
+    parts = part_of(run_dir, "step", "params", "opt_state", "ema", "extra", step=step)
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parts)}
 
 
@@ -57,10 +57,15 @@ def one_device(monkeypatch):
     use_devices(monkeypatch, 1)
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(1, {}), (4, {"mesh.fsdp": 2})])
-def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, mesh):
+PRUNING = {"prune.sparsity": 0.5, "prune.criterion": "taylor", "prune.every": 2, "prune.end_step": 11}
+
+
+@pytest.mark.parametrize(
+    ("devices", "changes"), [(1, {}), (4, {"mesh.fsdp": 2}), (1, PRUNING), (4, PRUNING | {"mesh.fsdp": 2})]
+)
+def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, changes):
     use_devices(monkeypatch, devices)
-    cfg = tiny(tmp_path, EVERYTHING | mesh | {"train.batch_size": 8})
+    cfg = tiny(tmp_path, EVERYTHING | changes | {"train.batch_size": 8})
     whole = train(override(cfg, {"name": "whole"}))
     assert whole.finished
     # Neither stop is at a multiple of the save interval, of the evaluation interval, or of both.
@@ -75,7 +80,13 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, m
     assert [row["step"] for row in last.history] == list(range(1, 13))
     assert curve(last.history) == curve(whole.history) == curve(read_rows(cfg.run_dir / "metrics.jsonl"))
     assert_same_state(whole.dir, last.dir, 12)
-    assert jax.tree.all(jax.tree.map(np.array_equal, last.model.params, part_of(last.dir, "ema")))
+    shipped, average = last.model.params, part_of(last.dir, "ema")
+    if "prune.sparsity" in changes:
+        mask = part_of(last.dir, "extra")["transforms"]["mask"]["masks"]["blocks"]["0"]["mlp"]["up"]["kernel"]
+        assert (~mask).mean() == pytest.approx(0.5, abs=1e-3)
+        shipped, average = (tree["blocks"]["0"]["mlp"]["up"]["kernel"] for tree in (shipped, average))
+        average = np.where(mask, average, 0)
+    assert jax.tree.all(jax.tree.map(np.array_equal, shipped, average))
     assert last.model.config.model.vocab_size == last.model.tokenizer.vocab_size > 0
     # The two would also be equal if nothing were learnt.
     assert whole.history[-1]["validation_loss"] < whole.history[3]["validation_loss"]
@@ -185,8 +196,8 @@ def test_only_runs_are_overwritten(tmp_path, one_device):
 def test_load_gives_the_average_of_schedule_free(tmp_path, monkeypatch, one_device):
     seen = []
 
-    def watching(cfg, mesh):
-        program = step.build(cfg, mesh)
+    def watching(cfg, mesh, techniques):
+        program = step.build(cfg, mesh, techniques)
 
         def averaged(state):
             seen.append(jax.device_get(program.evaluation_params(state)))

@@ -29,11 +29,11 @@ def distill_objective(
       cfg: cfg.distill, cfg.train and cfg.data are read.
       transformer: the student's.
       teacher: the teacher's; None: the batch holds `CACHED`.
-      vocab_size: of a cached teacher.
+      vocab_size: ids below this one are tokens, and those from here on padding, which the divergence leaves out; None:
+        all that both have.
 
-    Its sums are those of `plain_objective`, `divergence` (nats, without the factor), and each feature's. The divergence
-    is between the tokens that both vocabularies have; no more than cfg.train.loss_chunk steps have logits at once. The
-    teacher gets no gradient.
+    Its sums are those of `plain_objective`, `divergence` (nats, without the factor), and each feature's. No more than
+    cfg.train.loss_chunk steps have logits at once. The teacher gets no gradient.
 
     Raises ConfigError where the models or settings do not fit together.
     """
@@ -44,7 +44,8 @@ def distill_objective(
             f"{distill.missing} does: set distill.missing = uniform"
         )
     divergence = DIVERGENCES[distill.loss]
-    common = min(transformer.cfg.vocab_size, vocab_size or teacher.cfg.vocab_size)
+    sizes = (transformer.cfg.vocab_size, vocab_size, teacher and teacher.cfg.vocab_size)
+    common = min(size for size in sizes if size)
     imitated = None if teacher is None else features(distill, transformer, teacher)
     take = None if imitated is None else imitated.take
     documents = cfg.data.packing == "documents"

@@ -3,19 +3,13 @@
 import re
 from typing import Any
 
-import jax
-
 from slm.errors import ConfigError
+from slm.training.transforms import flat
 
 INSIDE = ("first", "blocks", "tail")
 """Groups of layers in the parameter tree, whose leaves are stacked: (layers, in, out)."""
 CONVOLUTIONS = re.compile(r".*conv.*/kernel")
 """Filters of a few taps for each channel: no matrices, though they are called kernel."""
-
-
-def names(path: tuple) -> str:
-    """ "/"-joined name of a parameter, as slm.training.rules has it: `blocks/0/mixer/query/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def matrices(params: Any, skip: tuple[str, ...] = (), field: str = "skip") -> list[str]:
@@ -25,8 +19,8 @@ def matrices(params: Any, skip: tuple[str, ...] = (), field: str = "skip") -> li
     """
     found = [
         name
-        for path, leaf in jax.tree.leaves_with_path(params)
-        if (name := names(path)).split("/")[0] in INSIDE
+        for name, leaf in flat(params).items()
+        if name.split("/")[0] in INSIDE
         and name.endswith("/kernel")
         and leaf.ndim == 3
         and not CONVOLUTIONS.fullmatch(name)

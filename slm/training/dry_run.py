@@ -21,6 +21,7 @@ def dry_run(cfg: Experiment, devices: int) -> Plan:
 
     Raises ConfigError if the mesh does not divide, or the vocabulary can only be known from the data.
     """
+    from slm.compress.techniques import techniques_of
     from slm.interop.starting import started_from
 
     cfg = started_from(cfg)
@@ -30,7 +31,7 @@ def dry_run(cfg: Experiment, devices: int) -> Plan:
     _pretend(devices)
     mesh = meshes.make_mesh(cfg.mesh, jax.devices()[:devices])
     meshes.check_mesh(mesh, cfg.model, cfg.train)
-    plan = make_plan(cfg, build(cfg, mesh))
+    plan = make_plan(cfg, build(cfg, mesh, techniques_of(cfg)))
     show_plan(cfg, plan, [], make_console(True))
     return plan
 

@@ -67,6 +67,7 @@ def train(cfg: Experiment) -> Run:
       CheckpointError: the latest checkpoint is damaged or of another shape, or one cannot be written.
       DivergenceError: a loss was NaN or above train.max_loss; names the step. The last good checkpoint is kept.
     """
+    from slm.compress.techniques import techniques_of
     from slm.data.cache import cache_folder
     from slm.data.pipeline import check_vocabulary, open_data
     from slm.interop.starting import started_from
@@ -97,7 +98,7 @@ def train(cfg: Experiment) -> Run:
     check_vocabulary(data.tokenizer, cfg.model.vocab_size)
     masking_of(cfg, data)
     data.train_batch(0, cfg.train.batch_size, jax.process_index(), jax.process_count())
-    program = build(cfg, mesh)
+    program = build(cfg, mesh, techniques_of(cfg))
     resuming = resumable(cfg)
     if main:
         prepare(cfg, data.tokenizer, resuming)

@@ -76,8 +76,8 @@ def token_losses(hidden, unembedding, targets, *, logit_softcap=None, chunk=128)
         log_z, picked, correct = _of_targets(chunk_logits(hidden, unembedding, logit_softcap), targets)
         return None, (log_z - picked, correct, log_z)
 
-    _, losses = jax.lax.scan(body, None, _split((hidden, targets), chunk))
-    return tuple(_join(x)[:, : targets.shape[1]] for x in losses)
+    _, losses = jax.lax.scan(body, None, split_time((hidden, targets), chunk))
+    return tuple(join_time(x)[:, : targets.shape[1]] for x in losses)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -113,7 +113,7 @@ def _sums(hidden, unembedding, weights, arrays, constants, of_chunk, logit_softc
         objective, sums = of_chunk(chunk_logits(hidden, unembedding, logit_softcap), arrays, constants)
         return _added(total, objective, sums, weights), None
 
-    parts = _split((hidden, weights, arrays), chunk)
+    parts = split_time((hidden, weights, arrays), chunk)
     return jax.lax.scan(body, _nothing(body, parts), parts)[0]
 
 
@@ -131,12 +131,12 @@ def _sums_forward(hidden, unembedding, weights, arrays, constants, of_chunk, log
         d_unembedding += jnp.einsum("BTD,BTV->DV", hidden, d_logits, preferred_element_type=jnp.float32)
         return (_added(total, objective, sums, weights), d_unembedding), d_hidden
 
-    parts = _split((hidden, weights, arrays), chunk)
+    parts = split_time((hidden, weights, arrays), chunk)
     # The sums' names are known only to of_chunk.
     d_unembedding = jnp.zeros(unembedding.shape, jnp.float32)
     start = _nothing(lambda total, part: (body((total, d_unembedding), part)[0][0], None), parts)
     (total, d_unembedding), d_hidden = jax.lax.scan(body, (start, d_unembedding), parts)
-    d_hidden = _join(d_hidden)[:, : weights.shape[1]]
+    d_hidden = join_time(d_hidden)[:, : weights.shape[1]]
     return total, (d_hidden, d_unembedding, unembedding)
 
 
@@ -174,8 +174,8 @@ def _of_targets(logits, targets):
     return log_z, picked, (picked >= logits.max(-1)).astype(jnp.float32)
 
 
-def _split(arrays, chunk):
-    """(B, T, ...) -> (ceil(T/chunk), B, chunk, ...), padded with zeros, whose weight is zero."""
+def split_time(arrays, chunk):
+    """A tree of (B, T, ...) -> (ceil(T/chunk), B, chunk, ...), padded with zeros, whose weight is zero."""
 
     def split(x):
         B, T = x.shape[:2]
@@ -186,6 +186,7 @@ def _split(arrays, chunk):
     return jax.tree.map(split, arrays)
 
 
-def _join(x):
+def join_time(x):
+    """(N, B, chunk, ...) -> (B, N * chunk, ...): the inverse of `split_time`, but for its padding."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -21,6 +21,7 @@ from slm.config import MeshConfig, ModelConfig, TrainConfig
 from slm.errors import ConfigError
 from slm.models.layers import mlp_width
 from slm.training import rules
+from slm.training.transforms import belonging
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -105,18 +106,9 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     A leaf whose path ends with the path of a parameter and that has its shape (moments, momentum, averages) lives where
     the parameter lives; everything else (counters, Adafactor's factored vectors, the loss scale) is on every device.
     """
-    shardings = jax.tree.leaves(param_shardings(state.params, mesh))
-    homes = dict(zip(rules.paths(state.params), zip(jax.tree.leaves(state.params), shardings)))
-
-    def home(path: str, leaf: Any) -> NamedSharding:
-        parts = path.split("/")
-        for i in range(len(parts)):
-            param, sharding = homes.get("/".join(parts[i:]), (None, None))
-            if param is not None and param.shape == leaf.shape:
-                return sharding
-        return NamedSharding(mesh, P())
-
-    leaves = [home(path, leaf) for path, leaf in zip(rules.paths(state), jax.tree.leaves(state))]
+    homes = dict(zip(rules.paths(state.params), jax.tree.leaves(param_shardings(state.params, mesh)), strict=True))
+    everywhere = NamedSharding(mesh, P())
+    leaves = [everywhere if owner is None else homes[owner] for owner in belonging(state, state.params)]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 

@@ -92,9 +92,14 @@ def _load_params(run_dir: Path, cfg: Experiment, which: str | int) -> Any:
         if cfg.optim.name == "schedule_free_adamw":
             return _schedule_free_params(checkpoints, cfg, step)
         name = "params" if cfg.optim.ema_decay is None else "ema"
-        params = checkpoints.restore_parts((name,), step)[name]
-        compare(params, abstract_parameters(cfg.model), str(checkpoints.folder))
-        return params
+        techniques = cfg.prune.on or cfg.quantize.on
+        parts = checkpoints.restore_parts((name, "step", *(("extra",) if techniques else ())), step)
+        compare(parts[name], abstract_parameters(cfg.model), str(checkpoints.folder))
+        if not techniques:
+            return parts[name]
+        from slm.compress.techniques import shipped
+
+        return shipped(cfg, parts[name], parts["extra"], parts["step"])
     finally:
         checkpoints.close()
 

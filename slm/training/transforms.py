@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slm.training.rules import paths
+
 ORDER = ("adapter", "mask", "quantize")
 """Names of transforms, in the order in which they are applied."""
 
@@ -70,24 +72,19 @@ def update(transforms: Transforms, states: dict, moving: Moving) -> tuple[dict, 
 def belonging(tree: Any, params: Any) -> list[str | None]:
     """For each leaf of `tree` (an optimizer's state, say) the name of the parameter that it follows: whose name its own
     ends with, and whose shape it has. None: of no single parameter."""
-    shapes = {name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+    shapes = {name: leaf.shape for name, leaf in flat(params).items()}
 
-    def owner(path, leaf):
-        parts = name(path).split("/")
+    def owner(name, leaf):
+        parts = name.split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
         return next((end for end in ends if shapes.get(end) == leaf.shape), None)
 
-    return [owner(path, leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
-
-
-def name(path: tuple) -> str:
-    """ "/"-joined name of a leaf: `blocks/0/mixer/query/kernel`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return [owner(name, leaf) for name, leaf in flat(tree).items()]
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Leaves by name."""
-    return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    """Leaves by "/"-joined name, in order: `blocks/0/mixer/query/kernel`."""
+    return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def nested(leaves: dict[str, Any]) -> dict:
@@ -104,7 +101,7 @@ def nested(leaves: dict[str, Any]) -> dict:
 
 def replaced(params: Any, leaves: dict[str, Any]) -> Any:
     """`params` with some leaves, by name, replaced."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(name(path), leaf), params)
+    return jax.tree.unflatten(jax.tree.structure(params), list((flat(params) | leaves).values()))
 
 
 def straight_through(value: jax.Array, shown: jax.Array) -> jax.Array:
