@@ -59,7 +59,9 @@ def distill_objective(
 
     def of_chunk(logits, arrays, constants):
         alpha, temperature, beta = constants["settings"]
-        objective, nats, correct = target_losses(logits, arrays["targets"], cfg.train.z_loss)
+        given = arrays["targets"] >= 0  # not written by the student itself (slm.compress.rollout)
+        targets = jnp.where(given, arrays["targets"], ~arrays["targets"])
+        objective, nats, correct = target_losses(logits, targets, cfg.train.z_loss)
         if teacher is None:
             ids, log_probs, log_tail = (arrays[name] for name in CACHED)
             log_p = dense_rows(ids, log_probs, log_tail, common, temperature, distill.missing)
@@ -67,7 +69,7 @@ def distill_objective(
             theirs = chunk_logits(arrays["hidden"], constants["unembedding"], teacher.cfg.logit_softcap)
             log_p = jax.nn.log_softmax(theirs[..., :common] / temperature)
         apart = divergence(logits[..., :common] / temperature, log_p, beta)
-        objective = alpha * temperature**2 * apart + (1 - alpha) * objective
+        objective = alpha * temperature**2 * apart + (1 - alpha) * jnp.where(given, objective, 0)
         return objective, {"nats": nats, "correct": correct, "divergence": apart}
 
     def apply(params, learned, batch, teacher_params, step):
