@@ -43,6 +43,7 @@ _HOME = {
     "save_gguf": "slm.interop.gguf_save",
     "int8_weights": "slm.compress.quantize",
     "cache_teacher": "slm.compress.cache_teacher",
+    "sample_teacher": "slm.compress.sampled",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",
 }
