@@ -23,6 +23,7 @@ _HOME = {
     "MeshConfig": "slm.config",
     "LogConfig": "slm.config",
     "ShrinkConfig": "slm.config",
+    "ConvertConfig": "slm.config",
     "DistillConfig": "slm.config",
     "PruneConfig": "slm.config",
     "QuantizeConfig": "slm.config",

@@ -157,11 +157,28 @@ class QuantizeConfig:
         return self.scheme != "none"
 
 
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Other token mixers in model.init_from before the first step, such as linear attention instead of softmax."""
+
+    attention: tuple[str, ...] = ()
+    """What model.attention is to become, such as `gla gla gla softmax`; model.mixer has the switches of the new layers;
+    empty: nothing is converted."""
+    transfer_steps: int = 0
+    """Steps at the beginning in which each new mixer by itself imitates the one that it replaces in distill.teacher
+    (attention transfer; Zhang et al. 2025, LoLCATs)."""
+
+    @property
+    def on(self) -> bool:
+        return bool(self.attention)
+
+
 def check_compression(cfg: Any) -> None:
     """Raises ConfigError where these sections of an Experiment contradict each other or the rest of it."""
     _check_distill(cfg)
     _check_prune(cfg)
     _check_shrink(cfg)
+    _check_convert(cfg)
     _check_quantize(cfg)
 
 
@@ -207,7 +224,7 @@ def _check_distill(cfg: Any) -> None:
     )
     _demand(
         d.self_distill or d.teacher is None or d.teacher != cfg.model.init_from or cfg.shrink.on or cfg.prune.on
-        or cfg.quantize.on,
+        or cfg.quantize.on or cfg.convert.on,
         f"distill.teacher = {d.teacher!r} is model.init_from itself, and nothing makes the student smaller: set "
         "distill.self_distill if that is meant",
     )  # fmt: skip
@@ -280,6 +297,20 @@ def _check_shrink(cfg: Any) -> None:
     _demand(
         list(s.keep_layers) == sorted(set(s.keep_layers)),
         f"shrink.keep_layers = {s.keep_layers}: numbers of layers from 0, each once, in rising order",
+    )
+
+
+def _check_convert(cfg: Any) -> None:
+    c = cfg.convert
+    _demand(not c.on or cfg.model.init_from is not None, "convert needs a model to convert: set model.init_from")
+    _demand(c.on or not c.transfer_steps, f"convert.transfer_steps = {c.transfer_steps} needs convert.attention")
+    _demand(
+        not c.transfer_steps or cfg.distill.teacher is not None,
+        f"convert.transfer_steps = {c.transfer_steps} needs distill.teacher: the model that is converted",
+    )
+    _demand(
+        0 <= c.transfer_steps <= cfg.train.steps,
+        f"convert.transfer_steps = {c.transfer_steps}: must not be more than train.steps = {cfg.train.steps}",
     )
 
 

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from slm.compression import DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig, check_compression
+from slm.compression import ConvertConfig, DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig, check_compression
 from slm.errors import ConfigError
 from slm.experiment import (
     CheckpointConfig,
@@ -27,6 +27,7 @@ from slm.experiment import (
 
 __all__ = [
     "CheckpointConfig",
+    "ConvertConfig",
     "DataConfig",
     "DistillConfig",
     "Experiment",

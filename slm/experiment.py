@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from slm.compression import DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig
+from slm.compression import ConvertConfig, DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig
 
 
 @dataclass(frozen=True)
@@ -392,6 +392,7 @@ class Experiment:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
     shrink: ShrinkConfig = field(default_factory=ShrinkConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)

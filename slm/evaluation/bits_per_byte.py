@@ -25,6 +25,7 @@ def evaluate_batches(
     place: Callable[[dict], dict] | None = None,
     by_position: bool = False,
     sources: Sequence[tuple[str, int, bool]] = (),
+    by_cluster: bool = False,
 ) -> dict[str, Any]:
     """Scores of a model over batches.
 
@@ -36,6 +37,7 @@ def evaluate_batches(
       place: host batch -> global device arrays; needed with several processes. None: as they are.
       by_position: also return `loss_by_position` and `tokens_by_position`.
       sources: where documents come from, in the order of their numbers (slm.data.evaluation.Evaluation.sources).
+      by_cluster: also return `clusters`, (n, 2) float64: nats and bytes of each cluster of the standard error.
 
     Returns:
       `bits_per_byte`  total nats / total bytes / ln 2, left out if the targets stand for no bytes
@@ -81,6 +83,8 @@ def evaluate_batches(
         "stderr_clusters": len(clusters[by]),
         "stderr_clustered_by": by,
     }
+    if by_cluster:
+        result["clusters"] = clusters[by][:, [0, 3]]
     if sources and all(questions for _, _, questions in sources):
         result |= _exact_match(table)
     if len(sources) > 1:
@@ -94,6 +98,7 @@ def evaluate(
     batch_size: int = 16,
     sequence_length: int | None = None,
     by_position: bool = False,
+    by_cluster: bool = False,
 ) -> dict[str, Any]:
     """Scores of a model, in float32, on a text, on several, or on a source: see `evaluate_batches` for what they are.
 
@@ -112,6 +117,7 @@ def evaluate(
       batch_size: windows at a time; does not change the scores.
       sequence_length: tokens in a window; None: as in the run's own evaluations.
       by_position: also return `loss_by_position` and `tokens_by_position`.
+      by_cluster: also return `clusters`.
 
     Raises:
       DataError: the source does not exist, is empty or cannot be read, or there is nothing to score.
@@ -124,7 +130,12 @@ def evaluate(
     evaluation = open_evaluation(text_or_source, model.config.data, model.tokenizer, length, model.config.seed)
     batches = evaluation.batches(batch_size)
     return evaluate_batches(
-        eval_step_of(model), model.params, batches, by_position=by_position, sources=evaluation.sources
+        eval_step_of(model),
+        model.params,
+        batches,
+        by_position=by_position,
+        sources=evaluation.sources,
+        by_cluster=by_cluster,
     )
 
 

@@ -1,0 +1,178 @@
+"""Mixers replaced in a trained model: what fits is taken over, and little training brings back what was lost."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slm
+from slm.compress.convert import convert, converted_config, transfer_objective
+from slm.config import (
+    ConvertConfig,
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    override,
+)
+from slm.errors import ConfigError
+from slm.models import layerwise
+from slm.models.language_model import LanguageModel
+from slm.models.transformer import Transformer
+from slm.training import step
+from slm.training.mesh import make_mesh
+from slm.training.objective import plain_objective
+from slm.training.step import Techniques
+from slm.training.transforms import flat
+
+B, T, V, STEPS = 16, 64, 128, 500
+BASE = Experiment(
+    model=ModelConfig(vocab_size=V, layers=2, width=48, heads=4, kv_heads=2),
+    data=DataConfig(sequence_length=T, packing="stream"),
+    optim=OptimConfig(learning_rate=4e-3, warmup_steps=20),
+    train=TrainConfig(steps=STEPS, batch_size=B),
+)
+SMALL = ModelConfig(vocab_size=50, layers=5, width=32, heads=4, kv_heads=2)
+
+
+def made(cfg=SMALL, seed=0):
+    return LanguageModel(Transformer(cfg).init(jax.random.key(seed)), Experiment(model=cfg), None)
+
+
+def layer(model, number):
+    return flat(layerwise.layer_params(model.params, layerwise.places(model.transformer)[number]))
+
+
+def test_the_same_mechanism_changes_nothing():
+    model = made()
+    same = convert(model, ("softmax",))
+    assert jax.tree.all(jax.tree.map(np.array_equal, same.params, model.params))
+
+
+@pytest.mark.parametrize("attention", [("gla", "softmax"), ("hedgehog", "hedgehog", "window"), ("gated_delta",)])
+def test_what_fits_is_taken_over(attention):
+    model = made()
+    other = convert(model, attention, seed=3)
+    assert other.config.model.attention == attention
+    tokens = np.arange(24).reshape(2, 12)
+    assert np.isfinite(slm.logits(other, tokens)).all()
+    for number in range(5):
+        before, after = layer(model, number), layer(other, number)
+        assert all(np.array_equal(after[name], leaf) for name, leaf in before.items() if not name.startswith("mixer"))
+        if attention[number % len(attention)] in ("softmax", "window"):
+            assert before.keys() == after.keys()
+            assert all(np.array_equal(after[name], leaf) for name, leaf in before.items())
+    for name in ("embed/embedding", "final_norm/scale"):
+        np.testing.assert_array_equal(flat(model.params)[name], flat(other.params)[name])
+
+
+def test_keys_that_heads_share_are_repeated_for_each():
+    """Then linear attention of each head reads the keys that its softmax read."""
+    model = made()
+    before, after = layer(model, 0), layer(convert(model, ("linear",)), 0)
+    x = np.random.default_rng(0).normal(size=(7, 32)).astype(np.float32)
+    shared, own = x @ before["mixer/key/kernel"], x @ after["mixer/key/kernel"]
+    assert shared.shape == (7, 2 * 8)
+    np.testing.assert_allclose(own.reshape(7, 4, 8), np.repeat(shared.reshape(7, 2, 8), 2, 1), rtol=1e-5)
+    np.testing.assert_array_equal(before["mixer/query/kernel"], after["mixer/query/kernel"])
+
+
+def text_batches(rows, seed):
+    text = "".join(path.read_text() for path in sorted((Path(slm.__file__).parent / "models").glob("*.py")))
+    ids = np.array([c for c in text.encode() if c < V], np.int32)
+    cut = len(ids) * 9 // 10
+    part = ids[:cut] if rows == "train" else ids[cut:]
+    rng = np.random.default_rng(seed)
+    while True:
+        at = rng.integers(0, len(part) - T - 1, B)[:, None] + np.arange(T + 1)
+        windows = part[at]
+        ones = np.ones((B, T), np.int32)
+        yield {
+            "tokens": windows[:, :-1], "targets": windows[:, 1:], "weights": ones.astype(np.float32),
+            "segment_ids": ones, "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+        }  # fmt: skip
+
+
+def built(cfg, techniques=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "compiler_options", lambda platform: {})
+        return step.build(cfg, make_mesh(MeshConfig(), jax.devices()[:1]), techniques)
+
+
+def held_out(program, params):
+    batches = text_batches("held out", 7)
+    return np.mean([np.asarray(program.evaluate(params, next(batches))["nats"]).mean() for _ in range(8)])
+
+
+@functools.cache
+def teacher():
+    """(model, its loss on held-out text)."""
+    program = built(BASE)
+    state, batches = program.init(jax.random.key(1)), text_batches("train", 0)
+    for _ in range(STEPS):
+        state, _ = program.train(state, next(batches))
+    params = jax.tree.map(np.array, state.params)
+    return LanguageModel(params, BASE, None), held_out(program, params)
+
+
+def test_a_twentieth_of_the_training_brings_back_most_of_what_was_lost():
+    model, before = teacher()
+    assert before < 2.6  # it has learnt something
+    steps = STEPS // 20
+    student = convert(model, ("hedgehog", "softmax"))
+    cfg = override(
+        BASE,
+        {
+            "model": student.config.model, "train.steps": steps, "optim.warmup_steps": 2,
+            "convert": ConvertConfig(("hedgehog", "softmax"), transfer_steps=steps // 2),
+        },
+    )  # fmt: skip
+    own = Transformer(cfg.model)
+    objective = transfer_objective(cfg, own, model.transformer, plain_objective(own, cfg))
+    program = built(cfg, Techniques(objective=objective, teacher=jax.eval_shape(lambda: model.params)))
+    state, batches = program.start(jax.tree.map(jnp.array, student.params)), text_batches("train", 5)
+    broken = held_out(program, state.params)
+    rows, moved = [], None
+    for i in range(steps):
+        state, metrics = program.train(state, next(batches), model.params)
+        rows.append({name: float(value) for name, value in metrics.items()})
+        if i == steps // 2 - 1:
+            moved = jax.tree.map(np.array, state.params)
+    recovered = held_out(program, state.params)
+    assert broken > before + 0.1
+    assert (broken - recovered) / (broken - before) > 0.8, (before, broken, recovered)
+    # First the mixer alone: nothing else has a gradient (weight decay aside), and its error falls.
+    errors = [row["transfer"] for row in rows]
+    assert errors[steps // 2 - 1] < 0.7 * errors[0]
+    assert not any(errors[steps // 2 :])
+    assert held_out(program, moved) < broken
+    for name, leaf in flat(moved).items():
+        if "embed" in name:
+            np.testing.assert_array_equal(leaf, flat(student.params)[name])
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"convert.attention": ("gla",)}, "set model.init_from"),
+    ({"convert.transfer_steps": 5}, "needs convert.attention"),
+    ({"model.init_from": "m", "convert.attention": ("gla",), "convert.transfer_steps": 5}, "needs distill.teacher"),
+    ({"model.init_from": "m", "convert.attention": ("gla",), "distill.teacher": "m", "convert.transfer_steps": 9999},
+     "must not be more than train.steps = 500"),
+])  # fmt: skip
+def test_what_makes_no_sense_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        slm.config.check(override(BASE, changes))
+
+
+def test_what_a_model_cannot_have_is_refused():
+    with pytest.raises(ConfigError, match="no mechanism 'hedgehg': did you mean hedgehog"):
+        converted_config(SMALL, ("hedgehg",))
+    with pytest.raises(ConfigError, match=r"model\.mixer\.window = 4: no layer"):
+        converted_config(SMALL, ("softmax",), {"window": 4})
+    one, other = Transformer(SMALL), Transformer(ModelConfig(vocab_size=50, layers=4, width=32, heads=4))
+    with pytest.raises(ConfigError, match=r"the teacher has model\.layers = 4, the model 5"):
+        transfer_objective(BASE, one, other, plain_objective(one, BASE))
