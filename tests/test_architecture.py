@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "training.precision",
             "training.step",
             "training.rules",
+            "training.state",
         },
         {"data", "evaluation", "interop"},
     ),

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+from slm.compress.convert import transfer_objective
 from slm.compress.distill import CACHED, distill_objective
 from slm.compress.teacher_cache import CachedTeacher, open_cached
 from slm.config import Experiment
@@ -58,8 +59,10 @@ def teaching(cfg: Experiment, transformer: Transformer, data: Any) -> Teaching:
     check_teacher(model, cfg, data.tokenizer)
     shape = dataclasses.replace(any_backend(model.config.model), remat="none")
     teacher = Transformer(shape, transformer.dtype, transformer.constrain)
-    params = precision.cast(model.params, transformer.dtype)
-    return Teaching(distill_objective(cfg, transformer, teacher, ids), params, {}, None)
+    objective = distill_objective(cfg, transformer, teacher, ids)
+    if cfg.convert.transfer_steps:
+        objective = transfer_objective(cfg, transformer, teacher, objective)
+    return Teaching(objective, precision.cast(model.params, transformer.dtype), {}, None)
 
 
 def check_teacher(model: LanguageModel, cfg: Experiment, tokenizer: Any) -> None:
