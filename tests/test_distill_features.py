@@ -139,6 +139,26 @@ def test_windows_bound_what_is_compared():
     np.testing.assert_array_equal(losses[:, 3:], 0)
 
 
+@pytest.mark.parametrize("feature", ["attention", "relations"])
+def test_documents_are_compared_apart(feature):
+    """What another document of the row holds changes nothing, and what the own one holds does."""
+    cfg = experiment(**{f"distill__{feature}": 1.0})
+    model = Transformer(cfg.model)
+    found = features(cfg.distill, model, model)
+    (q, k), (theirs, _) = arrays(6, 2, 2), arrays(7, 2, 2)
+
+    def losses(k):
+        mine, other = {ATTENDED: (q, k, k)}, {ATTENDED: (theirs, q, q)}
+        return np.asarray(found.losses({}, [mine] * 2, [other] * 2, jnp.asarray(SEGMENTS))[feature])
+
+    changed = k.copy()
+    changed[:, :3] += 1  # the first document of row 0
+    before, after = losses(k), losses(changed)
+    np.testing.assert_array_equal(before[0, 3:], after[0, 3:])
+    assert (np.abs(before - after)[0, 1:3] > 1e-3).all()
+    assert (np.abs(before - after)[1, 3:] > 1e-3).all()
+
+
 def test_maps_of_layers():
     assert layer_pairs(DistillConfig(), 2, 6) == [(0, 2), (1, 5)]  # TinyBERT: g(m) = 3 m
     assert layer_pairs(DistillConfig(), 3, 3) == [(0, 0), (1, 1), (2, 2)]

@@ -82,7 +82,6 @@ def features(distill: DistillConfig, student: Transformer, teacher: Transformer)
         return {"hidden": {"kernel": jax.nn.initializers.lecun_normal()(key, (s.width, t.width))}}
 
     def losses(learned, mine, theirs, segment_ids):
-        theirs = jax.lax.stop_gradient(theirs)
         found = {}
         if distill.hidden:
             kernel = learned["hidden"]["kernel"] if projected else None
@@ -206,7 +205,7 @@ def _check_attention(s: ModelConfig, t: ModelConfig, pairs) -> None:
 def _relation_heads(distill: DistillConfig, s: ModelConfig, t: ModelConfig, pairs) -> int:
     _check_softmax("relations", s, "student", [m for m, _ in pairs])
     _check_softmax("relations", t, "teacher", [n for _, n in pairs])
-    heads = distill.relation_heads or s.heads
+    heads = distill.relation_heads or s.kv_heads or s.heads
     for cfg, whose, numbers in ((s, "student", [m for m, _ in pairs]), (t, "teacher", [n for _, n in pairs])):
         for number in numbers:
             one = layers(cfg)[number].cfg
