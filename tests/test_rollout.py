@@ -6,11 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_teacher import BASE, TEACHER, B, T, V, distilling, experiment, make_batch, program, sharp, teacher_params
+from tiny_teacher import (
+    BASE,
+    TEACHER,
+    B,
+    T,
+    V,
+    chain,
+    chain_teacher,
+    distilling,
+    experiment,
+    make_batch,
+    sharp,
+    teacher_params,
+)
 
 from slm.compress.distill import distill_objective
 from slm.compress.rollout import is_on_policy, make_rollout
-from slm.config import DistillConfig, override
+from slm.config import DistillConfig
 from slm.errors import ConfigError
 from slm.models.transformer import Transformer
 
@@ -118,28 +131,6 @@ def test_encoders_write_no_text():
     cfg = experiment(model__causal=False, model__head="masked_lm", distill__on_policy=0.5)
     with pytest.raises(ConfigError, match=r"distill.on_policy = 0.5: model.head = masked_lm writes no text"):
         make_rollout(cfg, Transformer(cfg.model), (), V)
-
-
-def chain(seed, rows=16):
-    """Rows of a Markov chain: mostly a fixed successor, else any token."""
-    rng = np.random.default_rng((9, seed))
-    text = rng.integers(0, V, (rows, T + 1))
-    follows = np.random.default_rng(1).permutation(V)
-    for t in range(T):
-        text[:, t + 1] = np.where(rng.random(rows) < 0.9, follows[text[:, t]], text[:, t + 1])
-    batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "positions": np.tile(np.arange(T), (rows, 1))}
-    batch = {name: x.astype(np.int32) for name, x in batch.items()} | {"segment_ids": np.ones((rows, T), np.int32)}
-    return batch | {"weights": np.ones((rows, T), np.float32)}
-
-
-@functools.cache
-def chain_teacher():
-    cfg = override(BASE, {"model.width": 32, "train.steps": 300, "train.batch_size": 16})
-    made = program(cfg)
-    state = made.init(jax.random.key(0))
-    for step in range(300):
-        state, _ = made.train(state, chain(step))
-    return made.transformer, state.params
 
 
 @functools.cache

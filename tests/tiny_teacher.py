@@ -64,3 +64,26 @@ def distilling(cfg, teacher=TEACHER):
     """The program of `cfg` with an online teacher."""
     abstract = jax.eval_shape(teacher.init, jax.random.key(0))
     return program(cfg, distill_objective(cfg, Transformer(cfg.model), teacher), abstract)
+
+
+def chain(seed, rows=16):
+    """Rows of a Markov chain: mostly a fixed successor, else any token."""
+    rng = np.random.default_rng((9, seed))
+    text = rng.integers(0, V, (rows, T + 1))
+    follows = np.random.default_rng(1).permutation(V)
+    for t in range(T):
+        text[:, t + 1] = np.where(rng.random(rows) < 0.9, follows[text[:, t]], text[:, t + 1])
+    batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "positions": np.tile(np.arange(T), (rows, 1))}
+    batch = {name: x.astype(np.int32) for name, x in batch.items()} | {"segment_ids": np.ones((rows, T), np.int32)}
+    return batch | {"weights": np.ones((rows, T), np.float32)}
+
+
+@functools.cache
+def chain_teacher():
+    """(a transformer, parameters that know the chain)."""
+    cfg = override(BASE, {"model.width": 32, "train.steps": 300, "train.batch_size": 16})
+    made = program(cfg)
+    state = made.init(jax.random.key(0))
+    for step in range(300):
+        state, _ = made.train(state, chain(step))
+    return made.transformer, state.params
