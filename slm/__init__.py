@@ -48,6 +48,8 @@ _HOME = {
     "compare": "slm.evaluation.report",
     "save": "slm.interop.saved",
     "prune": "slm.compress.prune",
+    "cache_teacher": "slm.compress.cache_teacher",
+    "sample_teacher": "slm.compress.sampled",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",
 }
