@@ -63,9 +63,9 @@ class Arguments:
     """Draw only among the likeliest tokens that together reach this probability, such as 0.95."""
     min_p: float | None = None
     """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
-    int8: bool = False
-    """Round the weights to 8 bits once they are loaded: a quarter of float32's memory. On a CPU, one text at a time
-    comes somewhat sooner."""
+    quantize: str | None = None
+    """Round the weights once they are loaded: SCHEME or SCHEME:GROUP, such as int8 (a quarter of float32's memory; on a
+    CPU, one text at a time comes somewhat sooner) or int4:32. slm.quantize knows better methods."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is about half of the one before. None: that of computation."""
     draft: str | None = None
@@ -100,10 +100,10 @@ def run(arguments: Arguments) -> None:
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     model = open_model(arguments.run, arguments.checkpoint)
-    if arguments.int8:
-        from slm.compress.quantize import int8_weights
+    if arguments.quantize is not None:
+        from slm.compress.quantize import quantize_by_name
 
-        model = int8_weights(model)
+        model = quantize_by_name(model, arguments.quantize)
     draft = None if arguments.draft is None else open_model(arguments.draft)
     if draft is not None:
         check_draft(model, draft)
