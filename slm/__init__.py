@@ -45,10 +45,11 @@ _HOME = {
     "quantize": "slm.compress.quantize",
     "dequantize": "slm.compress.quantize",
     "convert": "slm.compress.convert",
-    "cache_teacher": "slm.compress.cache_teacher",
-    "sample_teacher": "slm.compress.sampled",
     "compare": "slm.evaluation.report",
     "save": "slm.interop.saved",
+    "prune": "slm.compress.prune",
+    "cache_teacher": "slm.compress.cache_teacher",
+    "sample_teacher": "slm.compress.sampled",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",
 }

@@ -78,8 +78,9 @@ class PruneConfig:
     """What is kept: large weights; any; those that grow (Sanh et al. 2020); large gradient times weight (Molchanov et
     al. 2019); large weight times input (Sun et al. 2024); by second order, with an update of the rest (Frantar &
     Alistarh 2023). The last two prune once, before the first step."""
-    scope: Literal["layer", "output", "global"] = "layer"
-    """What weights compete with: those of their matrix, of their output, or of all matrices."""
+    scope: Literal["layer", "output", "global"] | None = None
+    """What weights compete with: those of their matrix, of their output, or of all matrices. None: output for wanda,
+    which it was made for, blocks of inputs for sparsegpt, layer for all others."""
     pattern: str = "unstructured"
     """Where zeros may be: `unstructured`, `2:4` (2 of 4 stay along the inputs), or blocks such as `16x16`."""
     schedule: Literal["one_shot", "cubic", "iterative", "ste", "set", "rigl"] = "cubic"
@@ -239,6 +240,7 @@ def _check_prune(cfg: Any) -> None:
     )
     if not p.on:
         return
+    check_calibrated(p)
     end = prune_end(cfg)
     one_shot = p.schedule == "one_shot"
     _demand(
@@ -274,6 +276,22 @@ def _check_prune(cfg: Any) -> None:
         not (cfg.optim.name == "schedule_free_adamw" and p.schedule != "ste"),
         "prune: schedule_free_adamw averages weights, which would bring pruned ones back; use optim.name = adamw, or "
         "prune.schedule = ste",
+    )
+
+
+def check_calibrated(p: PruneConfig) -> None:
+    """Raises ConfigError for a scope or a pattern that wanda or sparsegpt cannot have."""
+    _demand(
+        not (p.criterion == "sparsegpt" and p.scope is not None),
+        f"prune.scope = {p.scope}: sparsegpt compares within blocks of inputs; leave scope out",
+    )
+    _demand(
+        not (p.criterion == "sparsegpt" and "x" in p.pattern),
+        f"prune.pattern = {p.pattern!r}: sparsegpt makes unstructured zeros, or N:M such as 2:4",
+    )
+    _demand(
+        not (p.criterion == "wanda" and p.scope == "global"),
+        "prune.scope = global: wanda prunes a layer before it measures the next; use output or layer",
     )
 
 

@@ -5,13 +5,12 @@ so that no momentum brings it back; where it is straight-through (`ste`), hidden
 """
 
 import functools
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from slm.compress.sparsity import keep_masks
+from slm.compress.sparsity import keep_masks, random_scores
 from slm.compress.targets import matrices
 from slm.compression import prune_end
 from slm.config import Experiment, PruneConfig
@@ -50,7 +49,7 @@ def mask_transform(cfg: Experiment, params: Any) -> ParamTransform:
         if prune.criterion in ("wanda", "sparsegpt"):
             masks = {name: w != 0 for name, w in weights.items()}  # pruned before training began
         elif prune.schedule in SPARSE_FROM_THE_START:
-            masks = keep_masks(_random(weights, seed), prune.sparsity, prune.scope, prune.pattern)
+            masks = keep_masks(random_scores(weights, seed), prune.sparsity, prune.scope, prune.pattern)
         elif prune.schedule == "one_shot" and prune.begin_step == 0:
             masks = keep_masks(_scores(prune, weights, None, seed), prune.sparsity, prune.scope, prune.pattern)
         scores = {name: jnp.zeros(w.shape, jnp.float32) for name, w in weights.items()} if learns_scores else {}
@@ -115,7 +114,9 @@ def _moved(prune, end, seed, step, masks, weights, grads):
     share = prune.regrow / 2 * (1 + jnp.cos(jnp.pi * jnp.clip(step / end, 0, 1)))
     large = {name: jnp.where(masks[name], jnp.abs(w), -1) for name, w in weights.items()}
     kept = keep_masks(large, 1 - (1 - prune.sparsity) * (1 - share), prune.scope, prune.pattern)
-    wanted = _random(weights, seed + step) if prune.schedule == "set" else {n: jnp.abs(g) for n, g in grads.items()}
+    wanted = (
+        random_scores(weights, seed + step) if prune.schedule == "set" else {n: jnp.abs(g) for n, g in grads.items()}
+    )
     grown = {name: jnp.where(kept[name], jnp.inf, score) for name, score in wanted.items()}
     return keep_masks(grown, prune.sparsity, prune.scope, prune.pattern)
 
@@ -123,7 +124,7 @@ def _moved(prune, end, seed, step, masks, weights, grads):
 def _scores(prune: PruneConfig, weights, scores, seed):
     """What is kept is what scores high."""
     if prune.criterion == "random":
-        return _random(weights, seed)
+        return random_scores(weights, seed)
     if prune.criterion in ("movement", "taylor"):
         return scores
     return {name: jnp.abs(w) for name, w in weights.items()}
@@ -133,14 +134,6 @@ def _learned_score(prune, score, weight, grad):
     if prune.criterion == "movement":
         return score - weight * grad  # Sanh et al. 2020, equation 3: weights that move away from zero
     return MEMORY * score + (1 - MEMORY) * jnp.abs(weight * grad)  # Molchanov et al. 2019, equation 8
-
-
-def _random(weights, seed):
-    """Uniform scores, of each matrix its own."""
-    return {
-        name: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), w.shape)
-        for name, w in weights.items()
-    }
 
 
 def _without(moving: Moving, masks) -> Moving:

@@ -6,6 +6,7 @@ A matrix is (..., in, out), stacked over layers. Masks are bool, True where a we
 
 import math
 import re
+import zlib
 from typing import Any
 
 import jax
@@ -17,13 +18,15 @@ SCOPES = ("layer", "output", "global")
 """What weights compete with: those of their matrix (in their layer), of their output, or all of the model."""
 
 
-def keep_masks(scores: dict[str, jax.Array], sparsity: Any, scope: str = "layer", pattern: str = "unstructured"):
+def keep_masks(
+    scores: dict[str, jax.Array], sparsity: Any, scope: str | None = None, pattern: str = "unstructured"
+) -> dict[str, jax.Array]:
     """Masks of exactly the asked share of zeros (to the nearest weight, block, or group): dict like `scores`.
 
     Args:
       scores: name of a matrix to (layers, in, out) float: the lowest go.
       sparsity: share of zeros, from 0 to 1; of no meaning for N:M patterns, which have their own.
-      scope: see SCOPES; of no meaning for N:M.
+      scope: see SCOPES; None: layer. Of no meaning for N:M.
       pattern: `unstructured`; `N:M`, at most N of M weights that follow each other along the inputs stay (`2:4`); or
         `RxC`, blocks of R inputs and C outputs that go together (`16x16`).
 
@@ -35,20 +38,28 @@ def keep_masks(scores: dict[str, jax.Array], sparsity: Any, scope: str = "layer"
     blocks = {name: _blocks(score, *numbers, name) for name, score in scores.items()}
     if scope == "global":
         flat = jnp.concatenate([b.reshape(-1) for b in blocks.values()])
-        parts = jnp.split(_keep_highest(flat, sparsity), _offsets(blocks.values()))
+        parts = jnp.split(keep_highest(flat, sparsity), _offsets(blocks.values()))
         masks = {name: part.reshape(b.shape) for (name, b), part in zip(blocks.items(), parts)}
     elif scope == "output":
         masks = {
-            name: jnp.swapaxes(_keep_highest(jnp.swapaxes(b, -1, -2), sparsity), -1, -2) for name, b in blocks.items()
+            name: jnp.swapaxes(keep_highest(jnp.swapaxes(b, -1, -2), sparsity), -1, -2) for name, b in blocks.items()
         }
-    elif scope == "layer":
+    elif scope in (None, "layer"):
         masks = {
-            name: _keep_highest(b.reshape(*b.shape[:-2], -1), sparsity).reshape(b.shape) for name, b in blocks.items()
+            name: keep_highest(b.reshape(*b.shape[:-2], -1), sparsity).reshape(b.shape) for name, b in blocks.items()
         }
     else:
         raise ConfigError(f"prune.scope = {scope!r}: one of {', '.join(SCOPES)}")
     rows, columns = numbers
     return {name: jnp.repeat(jnp.repeat(mask, rows, -2), columns, -1) for name, mask in masks.items()}
+
+
+def random_scores(weights: dict[str, Any], seed: Any) -> dict[str, jax.Array]:
+    """Uniform scores from 0 to 1, of each matrix its own. Only names and shapes of `weights` matter."""
+    return {
+        name: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), w.shape)
+        for name, w in weights.items()
+    }
 
 
 def parse_pattern(pattern: str) -> tuple[str, tuple[int, int]]:
@@ -64,7 +75,7 @@ def parse_pattern(pattern: str) -> tuple[str, tuple[int, int]]:
     raise ConfigError(f"prune.pattern = {pattern!r}: unstructured, N:M such as 2:4, or blocks such as 16x16")
 
 
-def _keep_highest(scores, sparsity):
+def keep_highest(scores, sparsity):
     """Bool like scores (..., n): all but the round(sparsity n) lowest of the last axis; of equals, the later stay."""
     n = scores.shape[-1]
     drop = jnp.round(jnp.asarray(sparsity, jnp.float32) * n).astype(jnp.int32)
@@ -78,7 +89,7 @@ def _n_of_m(scores, n, m, name):
     if inputs % m:
         raise ConfigError(f"prune.pattern = {n}:{m}: the {inputs} inputs of {name} are not divisible by {m}")
     groups = jnp.swapaxes(scores.reshape(*scores.shape[:-2], inputs // m, m, outputs), -1, -2)
-    return jnp.swapaxes(_keep_highest(groups, 1 - n / m), -1, -2).reshape(scores.shape)
+    return jnp.swapaxes(keep_highest(groups, 1 - n / m), -1, -2).reshape(scores.shape)
 
 
 def _blocks(scores, rows, columns, name):

@@ -31,7 +31,8 @@ class Arguments:
     """What eval.py was asked to do."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a run, such as runs/quickstart; or a Hugging Face folder, or a .gguf file."""
+    """Folder of a run, such as runs/quickstart, or of a saved model; or a Hugging Face folder, or
+    a .gguf file."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
     """Which of the run's checkpoints; best: the one of lowest validation loss."""
     source: str | None = None
@@ -68,6 +69,9 @@ class Arguments:
     CPU, one text at a time comes somewhat sooner) or int4:32. slm.quantize knows better methods."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is about half of the one before. None: that of computation."""
+    save: Path | None = None
+    """Write the model, quantized if --quantize says so: a folder, or FILE.gguf for llama.cpp. Nothing is scored unless
+    --source is given."""
     draft: str | None = None
     """A smaller model of the same vocabulary, named like MODEL, that proposes tokens which MODEL then judges: the same
     distribution of texts, sooner where it is much faster and mostly right."""
@@ -115,7 +119,9 @@ def run(arguments: Arguments) -> None:
         return
     report: dict[str, Any] = {"run": arguments.run, "checkpoint": arguments.checkpoint}
     writes = arguments.prompt or arguments.prompts is not None
-    if arguments.source is not None or not writes:
+    if arguments.save is not None:
+        console.print(f"written: {write(model, arguments.save)}", soft_wrap=True)
+    if arguments.source is not None or not (writes or arguments.save):
         source, scores = score(model, arguments)
         console.print(score_table(source, scores))
         if "by_source" in scores:
@@ -133,6 +139,18 @@ def run(arguments: Arguments) -> None:
             arguments.json.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             raise SlmError(f"cannot write {arguments.json}: {error.strerror}") from error
+
+
+def write(model: LanguageModel, path: Path) -> Path:
+    """Saves the model as what the path names. Raises SlmError."""
+    if path.suffix == ".gguf":
+        from slm.interop.gguf_save import save_gguf
+
+        return save_gguf(model, path)
+    from slm.interop.saved import save
+
+    save(model, path)
+    return path
 
 
 def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, Any]]:
