@@ -176,4 +176,4 @@ def _weights(model: LanguageModel) -> str:
     from slm.data.cache import digest
 
     leaves = jax.tree.leaves(model.params)
-    return digest([np.asarray(leaf[(0,) * (leaf.ndim - 1)][:8]).tobytes() for leaf in leaves])
+    return digest([np.asarray(jnp.ravel(leaf)[:8]).tobytes() for leaf in leaves])

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from slm.compress.convert import transfer_objective
 from slm.compress.distill import CACHED, distill_objective
+from slm.compress.quantize import dequantize
 from slm.compress.teacher_cache import CachedTeacher, open_cached
 from slm.config import Experiment
 from slm.errors import ConfigError
@@ -55,7 +56,7 @@ def teaching(cfg: Experiment, transformer: Transformer, data: Any) -> Teaching:
         return Teaching(objective, None, shapes, cached)
     from slm.evaluation.opening import open_model
 
-    model = open_model(cfg.distill.teacher)
+    model = dequantize(open_model(cfg.distill.teacher))
     check_teacher(model, cfg, data.tokenizer)
     shape = dataclasses.replace(any_backend(model.config.model), remat="none")
     teacher = Transformer(shape, transformer.dtype, transformer.constrain)
