@@ -37,7 +37,7 @@ _HOME = {
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_save",
-    "int8_weights": "slm.compress.quantize",
+    "quantize": "slm.compress.quantize",
     "save_stablehlo": "slm.interop.stablehlo",
     "save_onnx": "slm.interop.onnx.export",
 }

@@ -1,35 +1,165 @@
-"""Weights in fewer bits."""
+"""Weights in fewer bits, after training: slm.quantize."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens
+from slm.compress.schemes import Scheme
+from slm.compress.targets import matrices, names
+from slm.errors import ConfigError
 from slm.models.heads import check_next_token
-from slm.models.int8 import check_float_weights, to_int8
 from slm.models.language_model import LanguageModel
+from slm.models.quantized import QuantizedMatrix, check_float_weights
 
-APART = ("key_up", "value_up", "conv", "forget")
+APART = ("key_up", "value_up", "forget")
 """Parts of names of matrices that layers do more with than multiply by them, or in higher precision."""
+TABLES = {"embed/embedding": -1, "head/kernel": -2}
+"""Matrices outside of layers, which get 8 bits at least, to the axis of their inputs."""
+PREPARE, FINISH = ("awq", "smoothquant", "rotate"), ("rtn", "gptq", "hqq")
+"""Methods that change a model into an equal one that loses less, and those that choose codes."""
+NEED_TEXT = ("awq", "smoothquant", "gptq")
 
 
-def int8_weights(model: LanguageModel) -> LanguageModel:
-    """The model with 8-bit matrices and embeddings, rounded to nearest, one scale an output; all else as it is.
+def quantize(
+    model: LanguageModel,
+    scheme: str,
+    *,
+    method: str = "rtn",
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    activations: str = "none",
+    embedding: bool | None = None,
+    skip: tuple[str, ...] = (),
+    calibration: Any = None,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
+    seed: int = 0,
+    damping: float = 0.01,
+    act_order: bool = False,
+    migration: float = 0.5,
+    progress: Callable[[int, int], None] = lambda done, layers: None,
+) -> LanguageModel:
+    """The model with the matrices of its layers in fewer bits. It runs, is saved by slm.save, and cannot be trained.
 
-    For running it: such parameters cannot be trained or saved. Half the size of bfloat16; on a CPU, texts of one prompt
-    at a time are written faster than in float32 (benchmarks/README.md).
-    Raises ConfigError for a model that does not predict the next token, or has such weights already.
+    Args:
+      model: one that predicts the next token, with float weights.
+      scheme: int8, int4, int3 (stored in 4 bits), int2, nf4, ternary or fp8: see slm.compress.schemes.
+      method: `rtn`, rounding to nearest; `gptq`, column by column, later ones making up for earlier ones; `hqq`, zero
+        points for small errors, without data; or, before one of these (`rotate+gptq`; alone: before rtn), a change of
+        the model into an equal one: `awq`, larger scales for channels of large inputs; `smoothquant`, smaller inputs
+        and larger weights, for activations = int8; `rotate`, a rotated residual stream, without outliers.
+      group_size: inputs that share a scale; None: all of an output.
+      symmetric: integers around zero; False: from a float zero point. None: False for hqq, else True.
+      activations: `int8`: inputs of matrices are rounded too, each token by itself, and products are of integers.
+      embedding: also the embedding and the head, in int8 (of the same group_size); None: as for int8 matrices, and
+        refused for others where embedding and head are one, since it is most of what is left and read twice.
+      skip: matrices that stay float: regular expressions of whole names, such as `.*/mlp/down/kernel`.
+      calibration: text, or ids (N, T), for awq, smoothquant and gptq.
+      sequences, length, seed: how much of it.
+      damping, act_order: of gptq (slm.compress.gptq). migration: of smoothquant, alpha in its paper.
+      progress: called with (layers done, layers), for each sweep over the layers.
+
+    Raises ConfigError, naming the field, for what cannot be, and DataError for too short a text.
     """
     check_next_token(model.config.model)
     check_float_weights(model.params)
-    return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(_int8, model.params))
+    before, last = parse_method(method)
+    symmetric = (last != "hqq") if symmetric is None else symmetric
+    one = Scheme(scheme, group_size, symmetric, activations)
+    if embedding is None:
+        if one.bits < 8 and model.config.model.tied:
+            raise ConfigError(
+                f"quantize.embedding: {scheme} with an embedding that is the head too: say True, for 8 bits, or False"
+            )
+        embedding = one.bits == 8
+    schemes = dict.fromkeys(quantizable(model.params, skip), one)
+    check_sizes(model.params, schemes)
+    tokens = None
+    if needing := [part for part in (*before, last) if part in NEED_TEXT]:
+        if calibration is None:
+            raise ConfigError(f"quantize.method = {needing[0]} needs calibration: give a text, or ids (N, T)")
+        tokens = calibration_tokens(model, calibration, sequences, length, seed)
+    for part in before:
+        model = _prepared(part, model, one, schemes, tokens, migration, seed, progress)
+    quantized = _finished(last, model, schemes, tokens, damping, act_order, progress)
+    if embedding:
+        quantized |= tables(model.params, group_size)
+    return with_matrices(model, quantized)
 
 
-def _int8(path: tuple, leaf: Any) -> Any:
-    names = [key.key for key in path]
-    if names == ["embed", "embedding"]:
-        return to_int8(leaf, inputs=-1)
-    matrix = names[-1] == "kernel" and (names[0] in ("first", "blocks", "tail") or names == ["head", "kernel"])
-    if not matrix or leaf.ndim != (2 if names[0] == "head" else 3) or any(part in names[-2] for part in APART):
-        return leaf
-    return to_int8(leaf, inputs=-2)
+def parse_method(method: str) -> tuple[tuple[str, ...], str]:
+    """(changes of the model, in order; the choice of codes) of `awq+gptq` and the like. Raises ConfigError."""
+    parts = method.split("+")
+    last = parts.pop() if parts[-1] in FINISH else "rtn"
+    if not set(parts) <= set(PREPARE):
+        raise ConfigError(
+            f"quantize.method = {method!r}: one of {', '.join(FINISH)}, with {', '.join(PREPARE)} before it and a +"
+        )
+    return tuple(parts), last
+
+
+def quantizable(params: Any, skip: tuple[str, ...] = ()) -> list[str]:
+    """Names of the matrices inside layers that can be quantized, but for those that `skip` matches whole.
+
+    Raises ConfigError as slm.compress.targets.matrices does.
+    """
+    found = matrices(params, skip, "quantize.skip")
+    return [name for name in found if not any(part in name.split("/")[-2] for part in APART)]
+
+
+def flat(params: Any) -> dict[str, jax.Array]:
+    """Parameters by name."""
+    return {names(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def check_sizes(params: Any, schemes: dict[str, Scheme]) -> None:
+    """Raises ConfigError if groups do not divide a matrix."""
+    found = flat(params)
+    for name, scheme in schemes.items():
+        scheme.check(name, found[name].shape[-2])
+
+
+def tables(params: Any, group_size: int | None = None) -> dict[str, QuantizedMatrix]:
+    """The embedding and, if there is one, the head's matrix, in int8. Raises ConfigError if groups do not divide it."""
+    found, scheme = flat(params), Scheme("int8", group_size)
+    for name in TABLES.keys() & found.keys():
+        scheme.check(name, found[name].shape[TABLES[name]])
+    return {name: scheme.pack(found[name], inputs=axis) for name, axis in TABLES.items() if name in found}
+
+
+def with_matrices(model: LanguageModel, quantized: dict[str, QuantizedMatrix]) -> LanguageModel:
+    """The model with quantized matrices in place of float ones."""
+
+    def one(path, leaf):
+        return quantized.get(names(path), leaf)
+
+    return dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(one, model.params))
+
+
+def _prepared(part, model, scheme, schemes, tokens, migration, seed, progress):
+    if part == "rotate":
+        from slm.compress.rotate import rotate
+
+        return rotate(model, seed)
+    from slm.compress import scaling
+
+    if part == "awq":
+        return scaling.awq(model, schemes, tokens, progress)
+    return scaling.smoothquant(model, schemes, tokens, migration, progress)
+
+
+def _finished(last, model, schemes, tokens, damping, act_order, progress) -> dict[str, QuantizedMatrix]:
+    if last == "gptq":
+        from slm.compress.gptq import gptq_matrices
+
+        return gptq_matrices(model, schemes, tokens, damping, act_order, progress)
+    found = flat(model.params)
+    if last == "hqq":
+        from slm.compress.hqq import hqq
+
+        return {name: hqq(found[name], scheme) for name, scheme in schemes.items()}
+    return {name: jax.jit(scheme.pack)(jnp.asarray(found[name])) for name, scheme in schemes.items()}

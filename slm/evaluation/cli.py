@@ -31,7 +31,7 @@ class Arguments:
     """What eval.py was asked to do."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a run, such as runs/quickstart; or a Hugging Face folder, or a .gguf file."""
+    """Folder of a run, such as runs/quickstart, or of slm.save; or a Hugging Face folder, or a .gguf file."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
     """Which of the run's checkpoints; best: the one of lowest validation loss."""
     source: str | None = None
@@ -63,9 +63,11 @@ class Arguments:
     """Draw only among the likeliest tokens that together reach this probability, such as 0.95."""
     min_p: float | None = None
     """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
-    int8: bool = False
-    """Round the weights to 8 bits once they are loaded: a quarter of float32's memory. On a CPU, one text at a time
-    comes somewhat sooner."""
+    quantize: Literal["int8", "int4", "int3", "int2", "nf4", "ternary", "fp8"] | None = None
+    """Round the weights to this grid once they are loaded, the embedding to 8 bits. On a CPU, one text at a time comes
+    somewhat sooner with int8. Better methods than rounding: slm.quantize in Python, which slm.save writes."""
+    group_size: int | None = None
+    """Inputs that share a scale, for --quantize; None: all of an output."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is about half of the one before. None: that of computation."""
     draft: str | None = None
@@ -100,10 +102,10 @@ def run(arguments: Arguments) -> None:
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     model = open_model(arguments.run, arguments.checkpoint)
-    if arguments.int8:
-        from slm.compress.quantize import int8_weights
+    if arguments.quantize:
+        from slm.compress.quantize import quantize
 
-        model = int8_weights(model)
+        model = quantize(model, arguments.quantize, group_size=arguments.group_size, embedding=True)
     draft = None if arguments.draft is None else open_model(arguments.draft)
     if draft is not None:
         check_draft(model, draft)
@@ -239,6 +241,8 @@ def check(arguments: Arguments) -> None:
         raise SlmError(f"--chat cannot go with {also[0]}: leave one of them out")
     if arguments.draft is not None and not (arguments.chat or arguments.prompt or arguments.prompts):
         raise SlmError("--draft belongs to --prompt, --prompts or --chat: leave it out, or add one of them")
+    if arguments.group_size is not None and arguments.quantize is None:
+        raise SlmError("--group-size belongs to --quantize: leave it out, or say which grid")
     if arguments.system is not None and not arguments.chat:
         raise SlmError("--system belongs to --chat: leave it out, or add --chat")
 

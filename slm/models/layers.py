@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from slm.config import ModelConfig
-from slm.models.int8 import Int8Matrix, int8_product
+from slm.models.quantized import is_quantized
+from slm.models.quantized_products import quantized_product
 
 
 def dense(
@@ -24,7 +25,7 @@ def dense(
 
 
 class Dense(nn.Module):
-    """x kernel + bias, in `dtype`. The kernel may be an Int8Matrix."""
+    """x kernel + bias, in `dtype`. The kernel may be a QuantizedMatrix."""
 
     features: int
     dtype: Any
@@ -33,10 +34,12 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = self.get_variable("params", "kernel")
+        if not is_quantized(kernel):  # of which flax would check the shapes of the parts
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        if isinstance(kernel, Int8Matrix):
-            y = _on_rows(int8_product, x, kernel)
+        if is_quantized(kernel):
+            y = _on_rows(quantized_product, x, kernel)
         elif jax.default_backend() == "cpu":
             y = _on_rows(_product, x, kernel.astype(self.dtype))
         else:
