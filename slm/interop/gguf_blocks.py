@@ -86,8 +86,12 @@ def _codes(matrix: QuantizedMatrix):
 
 
 def _scales(matrix: QuantizedMatrix):
-    return spread(matrix.scale, matrix.shape[matrix.inputs], matrix.inputs)
+    return _whole(matrix, matrix.scale)
 
 
 def _zeros(matrix: QuantizedMatrix):
-    return spread(matrix.zero, matrix.shape[matrix.inputs], matrix.inputs)
+    return _whole(matrix, matrix.zero)
+
+
+def _whole(matrix, scale):
+    return np.broadcast_to(spread(scale, matrix.shape[matrix.inputs], matrix.inputs), matrix.shape)
