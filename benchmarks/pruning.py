@@ -8,7 +8,8 @@ valid (`--tests`, `--calibration` for others); all but the first token of a wind
 its own, one after the other; seconds are those of pruning alone, compilation included, and want a quiet machine; the
 peak is of the whole process. `gap` is how far any matrix's share of zeros is from what was asked. --peer-python: an
 interpreter with llmcompressor, whose Wanda and SparseGPT get the same weights and tokens. REFERENCE was measured with
-separate code before slm could prune. Rows that --json already has for the same settings are not run again.
+separate code before slm could prune, on text without WikiText's spaces around punctuation: ratios compare, not values.
+Rows that --json already has for the same settings are not run again.
 """
 
 import argparse
