@@ -54,7 +54,7 @@ class DistillConfig:
     """Weight of the KL divergence between the last layers' relations of queries, keys and values (MiniLM v2, Wang et
     al. 2021)."""
     relation_heads: int = 0
-    """Heads that relations are cut into; 0: the student's."""
+    """Heads that relations are cut into; 0: as many as the student's keys have."""
     on_policy: float = 0.0
     """Share of steps whose text the student continues itself from the first tokens of each row (GKD's lambda)."""
     prompt_tokens: int = 16

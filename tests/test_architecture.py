@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # What training knows of it are values of slm.training.transforms and slm.training.objective.
     "compress": (
         {
+            "attention",
             "compression",
             "config",
             "errors",
@@ -54,8 +55,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "training.transforms",
             "training.objective",
             "training.loss",
+            "training.precision",
             "training.step",
             "training.rules",
+            "training.state",
         },
         {"data", "evaluation", "interop"},
     ),

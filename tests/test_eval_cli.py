@@ -241,7 +241,7 @@ def test_a_draft_and_a_small_cache_write_the_same_text(shell, talker, texts, tmp
         assert code == 0, err
         written.append(json.loads((tmp_path / "x").read_text())["samples"][0]["text"])
     assert len(set(written)) == 1
-    assert shell("--prompt", "ab", "--max-new-tokens", 9, "--cache-dtype", "int8", "--int8")[0] == 0
+    assert shell("--prompt", "ab", "--max-new-tokens", 9, "--cache-dtype", "int8", "--quantize", "int8")[0] == 0
     assert shell("--prompt", "ab", "--max-new-tokens", 3, "--draft", talker, "--chat")[0] == 2
     code, out, _ = shell("--chat", "--draft", talker, "--max-new-tokens", 3, stdin="hello\n")
     assert code == 0
@@ -254,7 +254,7 @@ def test_a_draft_and_a_small_cache_write_the_same_text(shell, talker, texts, tmp
 
 
 def test_a_model_in_8_bits_is_scored(shell, texts):
-    code, out, _ = shell("--source", texts / "7.txt", "--int8")
+    code, out, _ = shell("--source", texts / "7.txt", "--quantize", "int8")
     assert code == 0
     assert "bits per byte" in out
 

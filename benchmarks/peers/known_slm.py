@@ -25,7 +25,7 @@ def opened(path=None):
 
     int8 = job["dtype"] == "int8"
     model = slm.from_pretrained(path or job["model"], dtype=jnp.float32 if int8 else getattr(jnp, job["dtype"]))
-    model = slm.int8_weights(model) if int8 else model
+    model = slm.quantize(model, "int8") if int8 else model
     jax.block_until_ready(model.params)
     return model
 

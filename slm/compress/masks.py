@@ -64,7 +64,8 @@ def mask_transform(cfg: Experiment, params: Any) -> ParamTransform:
 
     def update(state, moving: Moving):
         weights, masks, scores = chosen(moving.params), flat(state["masks"]), flat(state["scores"])
-        grads = chosen(moving.view_grads)
+        seen = flat(moving.view_grads)
+        grads = {name: seen.get(name, seen.get(f"{name}/kernel")) for name in names}  # of RoundedInputs
         if learns_scores:
             scores = {name: _learned_score(prune, scores[name], weights[name], grads[name]) for name in names}
         changes = _due(prune, end, moving.step)

@@ -21,7 +21,7 @@ from slm.compression import check_calibrated
 from slm.config import Experiment, PruneConfig
 from slm.errors import ConfigError, DataError
 from slm.models import layerwise
-from slm.models.int8 import Int8Matrix
+from slm.models.quantized import Int8Matrix
 from slm.models.language_model import LanguageModel
 from slm.training.transforms import flat, nested, replaced
 

@@ -2,17 +2,33 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from slm.compress.fake_quant import packed_params, quantize_transform
 from slm.compress.masks import mask_transform
+from slm.compress.teacher import Teaching, teaching
 from slm.config import Experiment
 from slm.models.counts import abstract_parameters
 from slm.training import transforms
-from slm.training.step import Techniques
-from slm.training.transforms import Transforms
+from slm.training.step import Techniques, make_transformer
+from slm.training.transforms import ORDER, Transforms
 
 
-def techniques_of(cfg: Experiment) -> Techniques:
-    """What `cfg` asks for. cfg.model must be filled in. Raises ConfigError where it does not fit the model."""
-    return Techniques(transforms_of(cfg))
+def techniques_of(cfg: Experiment, teaching: Teaching | None = None) -> Techniques:
+    """What `cfg` asks for. cfg.model must be filled in; `teaching` is its `teaching_of`. Raises ConfigError where it
+    does not fit the model."""
+    if teaching is None:
+        return Techniques(transforms_of(cfg))
+    abstract = None if teaching.params is None else jax.eval_shape(lambda: teaching.params)
+    return Techniques(transforms_of(cfg), teaching.objective, abstract, teaching.extra_batch)
+
+
+def teaching_of(cfg: Experiment, mesh: Mesh, data: Any) -> Teaching | None:
+    """The teacher of a run, opened; None without one. `data`: slm.data.pipeline.Data. Raises ConfigError, DataError,
+    CheckpointError."""
+    return teaching(cfg, make_transformer(cfg, mesh), data) if cfg.distill.on else None
 
 
 def transforms_of(cfg: Experiment) -> Transforms:
@@ -20,6 +36,8 @@ def transforms_of(cfg: Experiment) -> Transforms:
     shapes, found = abstract_parameters(cfg.model), {}
     if cfg.prune.on:
         found["mask"] = mask_transform(cfg, shapes)
+    if cfg.quantize.on:
+        found["quantize"] = quantize_transform(cfg, shapes)
     return found
 
 
@@ -32,4 +50,11 @@ def shipped(cfg: Experiment, params: Any, extra: dict[str, Any], step: Any) -> A
       extra: of its state: {"learned", "transforms"}, by name.
       step: steps done.
     """
-    return transforms.apply(transforms_of(cfg), params, extra["learned"], extra["transforms"], step)
+    before = {name: transform for name, transform in transforms_of(cfg).items() if name != "quantize"}
+    params = jax.tree.map(jnp.asarray, params)
+    # A transform without state or parameters leaves nothing in a checkpoint.
+    learned, states = ({name: extra[part].get(name, {}) for name in ORDER} for part in ("learned", "transforms"))
+    params = transforms.apply(before, params, learned, states, step)
+    if cfg.quantize.on and step >= cfg.quantize.begin_step:
+        return packed_params(cfg, params, learned["quantize"])
+    return params

@@ -50,17 +50,24 @@ class Data:
                 f"the training data holds {self.train_sequences} sequences, fewer than one batch of {batch_size}: "
                 "lower train.batch_size or data.sequence_length, or give more text"
             )
-        first, last = process_slice(batch_size, process_index, process_count)
-        drawn = [self._order[step * batch_size + row] for row in range(first, last)]
-        source, index = np.array(drawn, np.int64).reshape(-1, 2).T
+        source, index = self.drawn(step, batch_size, process_index, process_count)
         batch: Batch = {}
         for number in np.unique(source):
             mine = source == number
             part = self.train[number].read(index[mine])
             for name in FIELDS:
-                whole = batch.setdefault(name, np.empty((len(drawn), *part[name].shape[1:]), part[name].dtype))
+                whole = batch.setdefault(name, np.empty((len(source), *part[name].shape[1:]), part[name].dtype))
                 whole[mine] = part[name]
         return batch
+
+    def drawn(
+        self, step: int, batch_size: int, process_index: int = 0, process_count: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(number of the source, row in it) of each sequence of this process's share of batch `step`, int64."""
+        first, last = process_slice(batch_size, process_index, process_count)
+        drawn = [self._order[step * batch_size + row] for row in range(first, last)]
+        source, index = np.array(drawn, np.int64).reshape(-1, 2).T
+        return source, index
 
     @functools.cached_property
     def _order(self) -> Any:

@@ -31,7 +31,8 @@ class Arguments:
     """What eval.py was asked to do."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a run, such as runs/quickstart; or a Hugging Face folder, or a .gguf file."""
+    """Folder of a run, such as runs/quickstart, or of a saved model; or a Hugging Face folder, or
+    a .gguf file."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
     """Which of the run's checkpoints; best: the one of lowest validation loss."""
     source: str | None = None
@@ -63,11 +64,14 @@ class Arguments:
     """Draw only among the likeliest tokens that together reach this probability, such as 0.95."""
     min_p: float | None = None
     """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
-    int8: bool = False
-    """Round the weights to 8 bits once they are loaded: a quarter of float32's memory. On a CPU, one text at a time
-    comes somewhat sooner."""
+    quantize: str | None = None
+    """Round the weights once they are loaded: SCHEME or SCHEME:GROUP, such as int8 (a quarter of float32's memory; on a
+    CPU, one text at a time comes somewhat sooner) or int4:32. slm.quantize knows better methods."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is about half of the one before. None: that of computation."""
+    save: Path | None = None
+    """Write the model, quantized if --quantize says so: a folder, or FILE.gguf for llama.cpp. Nothing is scored unless
+    --source is given."""
     draft: str | None = None
     """A smaller model of the same vocabulary, named like MODEL, that proposes tokens which MODEL then judges: the same
     distribution of texts, sooner where it is much faster and mostly right."""
@@ -100,10 +104,10 @@ def run(arguments: Arguments) -> None:
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     model = open_model(arguments.run, arguments.checkpoint)
-    if arguments.int8:
-        from slm.compress.quantize import int8_weights
+    if arguments.quantize is not None:
+        from slm.compress.quantize import quantize_by_name
 
-        model = int8_weights(model)
+        model = quantize_by_name(model, arguments.quantize)
     draft = None if arguments.draft is None else open_model(arguments.draft)
     if draft is not None:
         check_draft(model, draft)
@@ -115,7 +119,9 @@ def run(arguments: Arguments) -> None:
         return
     report: dict[str, Any] = {"run": arguments.run, "checkpoint": arguments.checkpoint}
     writes = arguments.prompt or arguments.prompts is not None
-    if arguments.source is not None or not writes:
+    if arguments.save is not None:
+        console.print(f"written: {write(model, arguments.save)}", soft_wrap=True)
+    if arguments.source is not None or not (writes or arguments.save):
         source, scores = score(model, arguments)
         console.print(score_table(source, scores))
         if "by_source" in scores:
@@ -133,6 +139,18 @@ def run(arguments: Arguments) -> None:
             arguments.json.write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             raise SlmError(f"cannot write {arguments.json}: {error.strerror}") from error
+
+
+def write(model: LanguageModel, path: Path) -> Path:
+    """Saves the model as what the path names. Raises SlmError."""
+    if path.suffix == ".gguf":
+        from slm.interop.gguf_save import save_gguf
+
+        return save_gguf(model, path)
+    from slm.interop.saved import save
+
+    save(model, path)
+    return path
 
 
 def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, Any]]:

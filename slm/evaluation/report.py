@@ -18,8 +18,8 @@ from slm.evaluation.bits_per_byte import evaluate
 from slm.evaluation.decoding import Decoding
 from slm.evaluation.sampling import make_sampling
 from slm.models.counts import flops_per_token, parameter_counts
-from slm.models.int8 import Int8Matrix, as_array
 from slm.models.language_model import LanguageModel
+from slm.models.quantized import as_array, is_quantized
 
 RESAMPLINGS = 10_000
 SPARSE = 0.9
@@ -172,7 +172,7 @@ def paired_bootstrap(
 
 def non_zero(params: Any) -> int:
     """Numbers that are not zero, of rounded matrices too."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Int8Matrix))
+    leaves = jax.tree.leaves(params, is_leaf=is_quantized)
     return sum(int(np.count_nonzero(np.asarray(as_array(leaf)))) for leaf in leaves)
 
 

@@ -14,8 +14,8 @@ from slm.errors import CheckpointError
 from slm.interop.families.family import Names
 from slm.interop.layout import Link
 from slm.models.counts import abstract_parameters
-from slm.models.int8 import check_float_weights
 from slm.models.mixers import Layer
+from slm.models.quantized import check_float_weights
 from slm.models.transformer import GROUPS, Transformer
 
 

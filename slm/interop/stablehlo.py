@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from slm.errors import CheckpointError, ConfigError
-from slm.models.int8 import check_float_weights
 from slm.models.language_model import LanguageModel
+from slm.models.quantized import check_float_weights
 
 FUNCTIONS = ("forward", "start", "decode")
 WEIGHTS, SETTINGS = "weights.safetensors", "settings.json"

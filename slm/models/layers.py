@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from slm.config import ModelConfig
-from slm.models.int8 import Int8Matrix, int8_product
+from slm.models.quantized import QuantizedMatrix, RoundedInputs, product, rounded_inputs
 
 
 def dense(
@@ -24,7 +24,7 @@ def dense(
 
 
 class Dense(nn.Module):
-    """x kernel + bias, in `dtype`. The kernel may be an Int8Matrix."""
+    """x kernel + bias, in `dtype`. The kernel may be a QuantizedMatrix."""
 
     features: int
     dtype: Any
@@ -33,10 +33,15 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        # Flax compares the shapes of stored arrays, which those of a quantized matrix are not.
+        kernel = self.get_variable("params", "kernel")
+        if not isinstance(kernel, (QuantizedMatrix, RoundedInputs)):
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
-        if isinstance(kernel, Int8Matrix):
-            y = _on_rows(int8_product, x, kernel)
+        if isinstance(kernel, RoundedInputs):
+            x, kernel = rounded_inputs(x), kernel.kernel
+        if isinstance(kernel, QuantizedMatrix):
+            y = _on_rows(product, x, kernel)
         elif jax.default_backend() == "cpu":
             y = _on_rows(_product, x, kernel.astype(self.dtype))
         else:

@@ -21,9 +21,9 @@ from slm.errors import ConfigError
 from slm.models.blocks import block
 from slm.models.embedding import embed, init_embedding
 from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
-from slm.models.int8 import Int8Matrix, as_array, int8_product, int8_similarity
 from slm.models.layers import norm
 from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
+from slm.models.quantized import QuantizedMatrix, as_array, product, similarity
 from slm.models.rope import rope_tables
 from slm.models.watch import stream, watch
 
@@ -220,16 +220,16 @@ class Transformer:
         hidden = self._transformed(params, hidden)
         own = has_kernel(self.cfg)
         matrix = params["head"]["kernel"] if own else params["embed"]["embedding"]
-        if isinstance(matrix, Int8Matrix):
+        if isinstance(matrix, QuantizedMatrix):
             rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
-            product = (int8_product if own else int8_similarity)(rows, matrix)
-            return self._finished(params, product.reshape(*hidden.shape[:-1], -1))
+            logits = (product if own else similarity)(rows, matrix)
+            return self._finished(params, logits.reshape(*hidden.shape[:-1], -1))
         kernel = self.unembedding(params).astype(hidden.dtype)
         if self.cfg.tied and hidden.ndim == 2:
             # A decode step has few rows. XLA:CPU computes embedding x hidden at memory speed and hidden x embedding^T
             # 2 to 20 times slower; the barrier keeps it from turning the one into the other.
-            product = jnp.dot(kernel.T, hidden.T, preferred_element_type=jnp.float32)
-            logits = jax.lax.optimization_barrier(product).T
+            logits = jnp.dot(kernel.T, hidden.T, preferred_element_type=jnp.float32)
+            logits = jax.lax.optimization_barrier(logits).T
         else:
             logits = jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
         return self._finished(params, logits)

@@ -2,7 +2,8 @@
 
 A `take` is a function (path, module, inputs, output) -> arrays to keep, or None. It is asked about every linen module
 of a block, and about the block itself, whose path is "". Paths are those of the parameters inside a layer:
-`mixer/query`, `mlp/down`. What it keeps is a dict by path.
+`mixer/query`, `mlp/down`; softmax mixers show what they attend with at `mixer/attended`. What it keeps is a dict by
+path.
 """
 
 import contextlib

@@ -45,9 +45,9 @@ class Arguments:
     """Most tokens of an answer."""
     chunk: int = 128
     """Tokens of a prompt read at once; others wait that long for their next token."""
-    int8: bool = False
-    """Round the weights to 8 bits once they are loaded: a quarter of float32's memory. On a CPU, with --slots 1
-    answers come somewhat sooner."""
+    quantize: str | None = None
+    """Round the weights once they are loaded: SCHEME or SCHEME:GROUP, such as int8 (a quarter of float32's memory; on a
+    CPU, with --slots 1 answers come somewhat sooner) or int4:32."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is about half of the one before. None: that of computation."""
     queue: int = 32
@@ -76,7 +76,7 @@ def run(arguments: Arguments) -> None:
         from slm.serve.app import Limits, make_app
     except ImportError as error:
         raise SlmError(f"the server needs {error.name}: pip install 'slm[serve]'") from error
-    from slm.compress.quantize import int8_weights
+    from slm.compress.quantize import quantize_by_name
     from slm.data.cache import cache_folder
     from slm.evaluation.opening import open_model
     from slm.serve.engine import Engine
@@ -84,7 +84,7 @@ def run(arguments: Arguments) -> None:
 
     with listen(arguments.host, arguments.port) as door:
         model = open_model(arguments.model, arguments.checkpoint)
-        model = int8_weights(model) if arguments.int8 else model
+        model = model if arguments.quantize is None else quantize_by_name(model, arguments.quantize)
         enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
         engine = Engine(
             model,

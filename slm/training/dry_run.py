@@ -25,6 +25,10 @@ def dry_run(cfg: Experiment, devices: int) -> Plan:
     from slm.interop.starting import started_from
 
     cfg = started_from(cfg)
+    if cfg.distill.on:
+        raise ConfigError(
+            "--dry-run opens no teacher, whose memory and work would be missing from the plan: leave distill out"
+        )
     cfg = filled_in(cfg, cfg.model.vocab_size or _vocabulary(cfg))
     if devices < 1:
         raise ConfigError(f"--devices {devices}: must be at least 1")

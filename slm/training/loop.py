@@ -67,7 +67,8 @@ def train(cfg: Experiment) -> Run:
       CheckpointError: the latest checkpoint is damaged or of another shape, or one cannot be written.
       DivergenceError: a loss was NaN or above train.max_loss; names the step. The last good checkpoint is kept.
     """
-    from slm.compress.techniques import techniques_of
+    from slm.compress.lessons import lessons
+    from slm.compress.techniques import teaching_of, techniques_of
     from slm.data.cache import cache_folder
     from slm.data.pipeline import check_vocabulary, open_data
     from slm.interop.starting import started_from
@@ -98,7 +99,9 @@ def train(cfg: Experiment) -> Run:
     check_vocabulary(data.tokenizer, cfg.model.vocab_size)
     masking_of(cfg, data)
     data.train_batch(0, cfg.train.batch_size, jax.process_index(), jax.process_count())
-    program = build(cfg, mesh, techniques_of(cfg))
+    teaching = teaching_of(cfg, mesh, data)
+    techniques = techniques_of(cfg, teaching)
+    program = build(cfg, mesh, techniques)
     resuming = resumable(cfg)
     if main:
         prepare(cfg, data.tokenizer, resuming)
@@ -128,8 +131,10 @@ def train(cfg: Experiment) -> Run:
             followers,
             progress,
         )
+        learns = lessons(cfg, program, techniques, teaching, data)
+        del teaching  # its copy of the teacher's parameters
         try:
-            finished = _run(cfg, plan, data, state, meta, checkpoints, recorder, progress)
+            finished = _run(cfg, plan, data, learns, state, meta, checkpoints, recorder, progress)
         except DivergenceError as error:
             raise DivergenceError(f"{error}. {_advice(checkpoints)}") from None
     if not finished:
@@ -140,12 +145,13 @@ def train(cfg: Experiment) -> Run:
     return Run(cfg.run_dir, history.rows, finished)
 
 
-def _run(cfg: Experiment, plan: Plan, data, state: TrainState, meta, checkpoints, recorder, progress) -> bool:
+def _run(cfg: Experiment, plan: Plan, data, learns, state: TrainState, meta, checkpoints, recorder, progress) -> bool:
     """The loop itself, from `state`. Returns whether it got to the last step."""
     steps, start = cfg.train.steps, int(state.step)
     step = start
     evaluate = _evaluator(cfg, plan, data)
-    with StopRequest() as stop, Profiler(cfg.log, cfg.run_dir) as profiler, _batches(cfg, plan, data, start) as batches:
+    made = _batches(cfg, plan, data, learns, start)
+    with StopRequest() as stop, Profiler(cfg.log, cfg.run_dir) as profiler, made as batches:
         while True:
             stopping = stop.agreed(step, cfg.train.log_every)
             last = step >= steps
@@ -168,7 +174,7 @@ def _run(cfg: Experiment, plan: Plan, data, state: TrainState, meta, checkpoints
                 break
             batch = next(batches)
             profiler.before(step + 1)
-            state, metrics = plan.compiled(state, batch)
+            state, metrics = plan.compiled(state, learns.rewrite(state, batch, step), *learns.teacher)
             step += 1
             recorder.push(step, metrics)
             recorder.settle(step - LAG)
@@ -268,14 +274,15 @@ def _evaluator(cfg: Experiment, plan: Plan, data) -> Callable[[TrainState], dict
 
 
 @contextlib.contextmanager
-def _batches(cfg: Experiment, plan: Plan, data, start: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
+def _batches(cfg: Experiment, plan: Plan, data, learns, start: int) -> Iterator[Iterator[dict[str, jax.Array]]]:
     """Placed batches of the updates after `start`, made ahead in the background."""
     from slm.data.prefetch import prefetch
 
     masking = masking_of(cfg, data)
 
     def local_rows(step: int) -> dict[str, np.ndarray]:
-        batch = data.train_batch(step, cfg.train.batch_size, jax.process_index(), jax.process_count())
+        share = step, cfg.train.batch_size, jax.process_index(), jax.process_count()
+        batch = data.train_batch(*share) | learns.entries(*share)
         rows = len(batch["tokens"])
         return batch if masking is None else masking.train(batch, step, rows * jax.process_index())
 

@@ -35,7 +35,7 @@ class Plan:
 
     program: Program
     compiled: jax.stages.Compiled
-    """The train step: (state, batch) -> (state, metrics)."""
+    """The train step: (state, batch, *teacher) -> (state, metrics)."""
     compile_seconds: float
     memory: Memory | None
     """None where the backend does not say."""
@@ -52,7 +52,7 @@ class Plan:
 def make_plan(cfg: Experiment, program: Program) -> Plan:
     """Compiles the train step of `program`, which is build(cfg, mesh). Allocates nothing."""
     start = time.perf_counter()
-    compiled = program.train.lower(program.state, program.batch).compile()
+    compiled = program.train.lower(program.state, program.batch, *program.teacher).compile()
     seconds = time.perf_counter() - start
     params = program.state.params
     shardings = jax.tree.map(lambda a: a.sharding, params)

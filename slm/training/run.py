@@ -52,18 +52,23 @@ class Run:
 
 
 def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel:
-    """The model of a run: its averaged weights (EMA, schedule-free) where it has them.
+    """The model of a run: its averaged weights (EMA, schedule-free) where it has them. Or one that slm.save wrote.
 
     Args:
-      run_dir: the run folder.
+      run_dir: the folder.
       checkpoint: "latest", "best" (of lowest validation loss among those kept), or a step's number.
 
     Raises CheckpointError if there is no such run, no such checkpoint in it, or a damaged one.
     """
     from slm.data.tokenizers import Tokenizer
+    from slm.interop.saved import is_saved, load_saved
     from slm.interop.starting import kept_origin
 
     run_dir = Path(run_dir)
+    if is_saved(run_dir) and not (run_dir / CHECKPOINTS).is_dir():
+        if checkpoint != "latest":
+            raise CheckpointError(f"{run_dir} is a saved model and has no checkpoint {checkpoint}: leave it out")
+        return load_saved(run_dir)
     cfg = stored_config(run_dir)
     if cfg is None:
         near = f"; runs there: {', '.join(found)}" if (found := run_names(run_dir.parent)) else ""

@@ -81,11 +81,7 @@ def build(cfg: Experiment, mesh: Mesh, techniques: Techniques | None = None) -> 
     rows = batch_sharding(mesh)
     documents = cfg.data.packing == "documents"
     techniques = techniques or Techniques()
-
-    def constrain(x):
-        return jax.lax.with_sharding_constraint(x, rows) if mesh.size > 1 else x
-
-    transformer = Transformer(cfg.model, precision.compute_dtype(cfg.train.precision), constrain)
+    transformer = make_transformer(cfg, mesh)
     abstract_params = jax.eval_shape(transformer.init, jax.random.key(0))
     trained = trained_names(cfg.optim, abstract_params, frozen=frozen(techniques.transforms))
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, abstract_params, trained)
@@ -142,6 +138,16 @@ def build(cfg: Experiment, mesh: Mesh, techniques: Techniques | None = None) -> 
         batch=batch,
         teacher=teacher,
     )  # fmt: skip
+
+
+def make_transformer(cfg: Experiment, mesh: Mesh) -> Transformer:
+    """The model of `cfg`, as it trains on `mesh`."""
+    rows = batch_sharding(mesh)
+
+    def constrain(x):
+        return jax.lax.with_sharding_constraint(x, rows) if mesh.size > 1 else x
+
+    return Transformer(cfg.model, precision.compute_dtype(cfg.train.precision), constrain)
 
 
 def _placed(tree, shardings):

@@ -104,9 +104,13 @@ def replaced(params: Any, leaves: dict[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), list((flat(params) | leaves).values()))
 
 
+@jax.custom_vjp
 def straight_through(value: jax.Array, shown: jax.Array) -> jax.Array:
-    """`shown` forwards; backwards, what `value` itself would give (Bengio et al. 2013)."""
-    return value + jax.lax.stop_gradient(shown - value)
+    """`shown`, to the bit; backwards, what `value` itself would give (Bengio et al. 2013)."""
+    return shown
+
+
+straight_through.defvjp(lambda value, shown: (shown, None), lambda _, gradient: (gradient, None))
 
 
 def where_finite(finite: jax.Array, new: Any, old: Any) -> Any:

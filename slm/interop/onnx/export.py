@@ -20,9 +20,9 @@ from slm.config import ModelConfig
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.onnx.convert import convert
 from slm.interop.onnx.graph import IR_VERSION, OPSET, Graph, Parameters, Tensor, constant
-from slm.models.int8 import check_float_weights
 from slm.models.language_model import LanguageModel, answers
 from slm.models.mixers import MIXERS, layer_pattern
+from slm.models.quantized import check_float_weights
 from slm.models.transformer import Transformer
 
 WEIGHTS, SETTINGS = "weights.safetensors", "settings.json"

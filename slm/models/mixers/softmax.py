@@ -63,6 +63,14 @@ class SoftmaxFamily(Mixer):
         return choose_implementation(shape, dtype, causal=cfg.causal, window=m.window, extras=extras, platform=platform)
 
 
+class Attended(nn.Module):
+    """Returns what a layer attends with, as it is: q (B, T, H, K), k and v (B, T, G, K), normed and rotated. A module
+    only so that slm.models.watch can see them."""
+
+    def __call__(self, q, k, v):
+        return q, k, v
+
+
 class SoftmaxMixer(SoftmaxFamily):
     """Grouped-query softmax attention (Ainslie et al. 2023) with the switches of `SOFTMAX`."""
 
@@ -71,6 +79,7 @@ class SoftmaxMixer(SoftmaxFamily):
     @nn.compact
     def __call__(self, x_BxTxD, context: Context, cache=None, value_input=None):
         q, k, v = projections(x_BxTxD, self.cfg, self.dtype, context, self.rotary_size(self.cfg), value_input)
+        q, k, v = Attended(name="attended")(q, k, v)
         see, ids = self.sight(), context.segment_ids
         if cache is None:
             see |= {"causal": self.cfg.causal, "implementation": self.implementation(self.cfg)}

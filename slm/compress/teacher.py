@@ -1,0 +1,111 @@
+"""The teacher of a run: opened, and refused by name where student and teacher would not speak of the same tokens."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from slm.compress.convert import transfer_objective
+from slm.compress.distill import CACHED, distill_objective
+from slm.compress.quantize import dequantize
+from slm.compress.teacher_cache import CachedTeacher, open_cached
+from slm.config import Experiment
+from slm.errors import ConfigError
+from slm.models.language_model import LanguageModel
+from slm.models.transformer import Transformer, any_backend
+from slm.training import precision
+from slm.training.objective import Objective
+
+SEQUENCES = (
+    "let the teacher write text instead (slm.sample_teacher), and train on that: it is the one form "
+    "of distillation that needs no common tokens"
+)
+
+
+class Teaching(NamedTuple):
+    """What a run that distils has besides one that does not."""
+
+    objective: Objective
+    params: Any
+    """The teacher's parameters, in the student's compute dtype; None where it is cached."""
+    extra_batch: dict[str, tuple[tuple[int, ...], str]]
+    """Further entries of a batch: name to (shape behind (B, T), dtype)."""
+    cached: CachedTeacher | None
+    """Where those entries come from."""
+
+
+def teaching(cfg: Experiment, transformer: Transformer, data: Any) -> Teaching:
+    """What cfg.distill asks for.
+
+    Args:
+      cfg: with model.vocab_size filled in.
+      transformer: the student's.
+      data: slm.data.pipeline.Data of the run.
+
+    Raises ConfigError where teacher and student do not fit together; what opening a model or a cache raises.
+    """
+    ids = data.tokenizer.vocab_size
+    if cfg.distill.cached is not None:
+        if cfg.model.head != "lm":
+            raise ConfigError(
+                f"distill.cached with model.head = {cfg.model.head}: what it hides changes at each step, so nothing "
+                "said of it before holds; set distill.teacher instead"
+            )
+        cached = open_cached(cfg.distill.cached, data, cfg.data.sequence_length)
+        objective = distill_objective(cfg, transformer, None, ids)
+        k, floats = cached.top_k, cached.dtype
+        shapes = dict(zip(CACHED, [((k,), "int32"), ((k,), floats), ((), floats)], strict=True))
+        return Teaching(objective, None, shapes, cached)
+    from slm.evaluation.opening import open_model
+
+    model = dequantize(open_model(cfg.distill.teacher))
+    check_teacher(model, cfg, data.tokenizer)
+    shape = dataclasses.replace(any_backend(model.config.model), remat="none")
+    teacher = Transformer(shape, transformer.dtype, transformer.constrain)
+    objective = distill_objective(cfg, transformer, teacher, ids)
+    if cfg.convert.transfer_steps:
+        objective = transfer_objective(cfg, transformer, teacher, objective)
+    return Teaching(objective, precision.cast(model.params, transformer.dtype), {}, None)
+
+
+def check_teacher(model: LanguageModel, cfg: Experiment, tokenizer: Any) -> None:
+    """Raises ConfigError unless `model` can teach the student of `cfg`, whose text `tokenizer` cuts."""
+    theirs, mine, name = model.config.model, cfg.model, f"distill.teacher = {cfg.distill.teacher!r}"
+    check_tokens(model, tokenizer, name)
+    if (theirs.head, theirs.causal) != (mine.head, mine.causal):
+        raise ConfigError(
+            f"{name} has model.head = {theirs.head}, the student {mine.head}: choose a teacher that is asked the same"
+        )
+    if theirs.vocab_size != mine.vocab_size and not cfg.distill.pad_vocabulary:
+        raise ConfigError(
+            f"{name} has model.vocab_size = {theirs.vocab_size} and the student {mine.vocab_size}: set the same, or, "
+            f"since the tokenizer has only {tokenizer.vocab_size} ids and the rest is padding, distill.pad_vocabulary"
+        )
+    check_reach(model, cfg.data.sequence_length, name)
+
+
+def check_tokens(model: LanguageModel, tokenizer: Any, name: str) -> None:
+    """Raises ConfigError unless each id means the same text to `model` as to `tokenizer`."""
+    if model.tokenizer is None:
+        raise ConfigError(f"{name} has no tokenizer, so nobody can tell what its ids mean: give it its tokenizer.json")
+    if model.tokenizer.fingerprint != tokenizer.fingerprint and _ids(model.tokenizer) != _ids(tokenizer):
+        raise ConfigError(
+            f"{name} has another tokenizer, with {model.tokenizer.vocab_size} ids against {tokenizer.vocab_size} of "
+            f"data.tokenizer: set data.tokenizer to the teacher's, or {SEQUENCES}"
+        )
+    if model.config.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"{name} has logits for {model.config.model.vocab_size} ids, fewer than the {tokenizer.vocab_size} of "
+            f"data.tokenizer: {SEQUENCES}"
+        )
+
+
+def check_reach(model: LanguageModel, length: int, name: str) -> None:
+    """Raises ConfigError if `model` has learned positions that end before `length`."""
+    m = model.config.model
+    if m.position == "learned" and m.max_length < length:
+        raise ConfigError(
+            f"{name} has {m.max_length} learned positions, fewer than data.sequence_length = {length}: lower that"
+        )
+
+
+def _ids(tokenizer: Any) -> dict[str, int]:
+    return tokenizer.backend.get_vocab(with_added_tokens=True)
