@@ -27,10 +27,9 @@ def main(job: dict) -> dict:
     import transformers
 
     torch.set_num_threads(job["threads"])
-    path, row = Path(job["gguf"]), job["row"]
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
+    row, where = job["row"], Path(job["folder"]) / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     tokens = {part: np.load(Path(job["folder"]) / f"{part}.npy") for part in ("test", "valid")}
     before, start = peak_mb(), time.perf_counter()
     if row["criterion"] != "dense":
@@ -38,7 +37,7 @@ def main(job: dict) -> dict:
         data = datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": np.ones_like(tokens["valid"]).tolist()})
         data.set_format("torch")
         llmcompressor.oneshot(
-            model=model, processor=tokenizer, dataset=data, recipe=[modifier(row)], max_seq_length=tokens["valid"].shape[1],
+            model=model, processor=tokenizer, dataset=data, recipe=[modifier(row)], max_seq_length=len(ids[0]),
             num_calibration_samples=len(ids), shuffle_calibration_samples=False,
         )  # fmt: skip
     result = {"seconds": time.perf_counter() - start, "before_mb": before, "peak_mb": peak_mb()}

@@ -21,8 +21,8 @@ from slm.compression import check_calibrated
 from slm.config import Experiment, PruneConfig
 from slm.errors import ConfigError, DataError
 from slm.models import layerwise
-from slm.models.quantized import Int8Matrix
 from slm.models.language_model import LanguageModel
+from slm.models.quantized import Int8Matrix
 from slm.training.transforms import flat, nested, replaced
 
 CALIBRATED = ("wanda", "sparsegpt")
