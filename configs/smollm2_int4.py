@@ -1,4 +1,4 @@
-"""The shrunken SmolLM2 with weights of 4 bits, trained as it will run: the second link of shrink, distil, quantize, ship.
+"""The shrunken SmolLM2 with weights of 4 bits, trained as it will run: the second link of the chain to a phone.
 
 Command:   python train.py configs/smollm2_int4.py --data.source TEXT_FOLDER     (after configs/smollm2_shrunk.py)
            python eval.py runs/smollm2_int4 --save smollm2_int4.gguf             (for llama.cpp; Q4_0 and Q8_0, exactly)
@@ -8,8 +8,8 @@ Hardware:  one GPU
 Time:      not yet run on one; small scale: benchmarks/README.md
 Expected:  not yet run on one; small scale: benchmarks/README.md
 
-Choices: groups of 32 with symmetric codes, which is llama.cpp's Q4_0, and an embedding of 8 bits; scales from the weights
-at each step, gradients straight through; the whole SmolLM2 still teaches, since a teacher's distribution is what rounding
+Choices: groups of 32 with symmetric codes, which is llama.cpp's Q4_0, and an embedding of 8 bits; scales from the
+weights at each step, gradients straight through; the whole SmolLM2 still teaches, since its distribution is what rounding
 disturbs; a tenth of the learning rate before.
 """
 

@@ -82,7 +82,7 @@ def test_most_of_what_rounding_costs_comes_back(how):
     plain = built(BASE)
     grid = {name.split(".")[1]: value for name, value in HOW[how].items() if "method" not in name}
     model = LanguageModel(trained()[0], BASE, None)
-    rounded = held_out(plain, quantize(model, embedding="float", **grid).params)
+    rounded = held_out(plain, quantize(model, embedding=False, **grid).params)
     extra = {"learned": state.extra.learned, "transforms": state.extra.transforms}
     found = held_out(plain, shipped(cfg, state.params, extra, state.step))
     assert rounded > floats + 0.2

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused():
     kernel, gram = problem(30, 4)
     with pytest.raises(ConfigError, match="2:4: 4 does not divide the 30 inputs"):
         sparsegpt(kernel, gram, 0.0, "2:4")
-    with pytest.raises(ConfigError, match="group_size = 8 does not divide the 30 inputs"):
+    with pytest.raises(ConfigError, match=r"quantize\.group_size = 8 does not divide the 30 inputs"):
         gptq(kernel, gram, Scheme("int4", 8))
     with pytest.raises(ConfigError, match="'16x16': sparsegpt makes unstructured zeros"):
         sparsegpt(kernel, gram, 0.5, "16x16")

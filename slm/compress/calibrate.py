@@ -68,13 +68,15 @@ def sweep(
     take: Take,
     change: Change,
     progress: Callable[[int, int], None] = lambda done, layers: None,
+    combine: Callable[[jax.Array, jax.Array], jax.Array] = jnp.add,
 ) -> Any:
     """The model's parameters after `change` has seen, and perhaps replaced, each layer in order of depth.
 
     Args:
       model: with float parameters.
       tokens: (N, T) ids.
-      take: what to measure, summed over all batches; a function that lives longer than this call.
+      take: what to measure, summed over all batches, or joined by `combine`; a function that lives longer than this
+        call.
       change: see `Change`; it is given the layer as it was and what it was given by the changed layers before it.
       progress: called after each layer.
     """
@@ -86,7 +88,7 @@ def sweep(
         total = None
         for x in xs:
             _, seen = layerwise.run(transformer, number, layer, x, take)
-            total = seen if total is None else jax.tree.map(jnp.add, total, seen)
+            total = seen if total is None else jax.tree.map(combine, total, seen)
         new = change(number, layer, total)
         params = layerwise.with_layer(params, place, new)
         xs = [layerwise.run(transformer, number, new, x)[0] for x in xs]

@@ -11,23 +11,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm.compress.quantize import Schemes, layer_schemes, outer_schemes, packed
+from slm.compress.quantize import TABLES, quantizable
 from slm.compress.schemes import Scheme
 from slm.config import Experiment, QuantizeConfig
-from slm.models.quantized import RoundedInputs
+from slm.models.quantized import spread
+from slm.models.quantized_products import RoundedInputs
 from slm.training.transforms import ParamTransform, flat, nested, replaced, straight_through
 
-
-def scheme_of(quantize: QuantizeConfig) -> Scheme:
-    """The grid that cfg.quantize names."""
-    activations = None if quantize.activations == "none" else quantize.activations
-    return Scheme(quantize.scheme, quantize.group_size, quantize.symmetric, activations)
+Schemes = dict[str, tuple[Scheme, int]]
+"""Name of a matrix to its grid and the axis of its inputs."""
 
 
 def schemes_of(quantize: QuantizeConfig, params: Any) -> Schemes:
-    """The grid of each parameter that is rounded. Raises what `layer_schemes` does."""
-    schemes = layer_schemes(params, scheme_of(quantize), quantize.skip, "quantize.skip")
-    return schemes | (outer_schemes(params) if quantize.embedding else {})
+    """The grid of each parameter that is rounded. Raises ConfigError for patterns that match none, and groups that do
+    not divide a matrix."""
+    scheme = Scheme(quantize.scheme, quantize.group_size, quantize.symmetric, quantize.activations)
+    schemes = {name: (scheme, -2) for name in quantizable(params, quantize.skip)}
+    if quantize.embedding:
+        table = Scheme("int8", quantize.group_size)
+        schemes |= {name: (table, axis) for name, axis in TABLES.items() if name in flat(params)}
+    leaves = flat(params)
+    for name, (one, axis) in schemes.items():
+        one.check(name, leaves[name].shape[axis])
+    return schemes
 
 
 def quantize_transform(cfg: Experiment, params: Any) -> ParamTransform:
@@ -43,20 +49,20 @@ def quantize_transform(cfg: Experiment, params: Any) -> ParamTransform:
 
     def learn(params):
         leaves = flat(params)
-        scales = {name: scheme.fit(leaves[name])[0].astype(jnp.float32) for name, scheme in schemes.items()}
+        scales = {name: scheme.fit(leaves[name], axis)[0] for name, (scheme, axis) in schemes.items()}
         return {"scale": nested(scales)} if learns else {}
 
     def apply(params, learned, state, step):
         leaves, rounded = flat(params), {}
         scales = flat(learned["scale"]) if learns else {}
-        for name, scheme in schemes.items():
+        for name, (scheme, axis) in schemes.items():
             weights = leaves[name]
             if learns:
-                shown = _learned_steps(scheme, weights, scales[name])
+                shown = _learned_steps(scheme, weights, scales[name], axis)
             else:
-                shown = straight_through(weights, scheme.fake(weights))
+                shown = straight_through(weights, scheme.fake(weights, inputs=axis))
             shown = jnp.where(step >= begin, shown, weights) if begin else shown
-            rounded[name] = RoundedInputs(shown) if scheme.activations else shown
+            rounded[name] = RoundedInputs(shown) if scheme.activations == "int8" else shown
         return replaced(params, rounded)
 
     return ParamTransform(lambda params: {}, apply, learn=learn)
@@ -64,22 +70,26 @@ def quantize_transform(cfg: Experiment, params: Any) -> ParamTransform:
 
 def packed_params(cfg: Experiment, params: Any, learned: dict[str, Any]) -> Any:
     """What is shipped of parameters before this transform: the weights that it showed, packed."""
-    schemes, grids = schemes_of(cfg.quantize, params), {}
-    if cfg.quantize.method == "lsq":
-        grids = {
-            name: (schemes[name].stored(jnp.asarray(scale)), None) for name, scale in flat(learned["scale"]).items()
-        }
-    return packed(params, schemes, grids)
+    scales = flat(learned["scale"]) if cfg.quantize.method == "lsq" else {}
+    leaves = flat(params)
+    return replaced(
+        params,
+        {
+            name: scheme.pack(leaves[name], scales.get(name), inputs=axis)
+            for name, (scheme, axis) in schemes_of(cfg.quantize, params).items()
+        },
+    )
 
 
-def _learned_steps(scheme: Scheme, weights, scale):
+def _learned_steps(scheme: Scheme, weights, scale, axis=-2):
     """LSQ (Esser et al. 2020, equations 1 to 5): round(clip(w / s)) s, with the gradient of s scaled by
     1 / sqrt(N Q), N weights to a scale, Q the largest code."""
     low, high = scheme.range
     damped = 1 / math.sqrt(weights.size / scale.size * high)
     scale = scale * damped + jax.lax.stop_gradient(scale - scale * damped)
-    scale = straight_through(scale, scheme.stored(scale).astype(jnp.float32))
-    spread = scheme.spread(scale, weights)
-    codes = jnp.clip(weights / spread, low, high)
-    codes = straight_through(codes, scheme.codes(weights, jax.lax.stop_gradient(scale)))
-    return codes * spread
+    stored, _ = scheme.stored(jax.lax.stop_gradient(scale))
+    scale = straight_through(scale, stored)
+    spread_scale = spread(scale, weights.shape[axis], axis)
+    codes = jnp.clip(weights / spread_scale, low, high)
+    codes = straight_through(codes, scheme.codes(weights, stored, inputs=axis))
+    return codes * spread_scale

@@ -22,7 +22,7 @@ from slm.config import Experiment, PruneConfig
 from slm.errors import ConfigError, DataError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
-from slm.models.quantized import Int8Matrix
+from slm.models.quantized import check_float_weights
 from slm.training.transforms import flat, nested, replaced
 
 CALIBRATED = ("wanda", "sparsegpt")
@@ -99,8 +99,7 @@ def starting_prune(cfg: Experiment, model: LanguageModel, tokens: np.ndarray) ->
 
 
 def _pruned(model, plan: PruneConfig, tokens, damping, seed):
-    if any(isinstance(leaf, Int8Matrix) for leaf in jax.tree.leaves(model.params, is_leaf=_is_quantized)):
-        raise ConfigError("prune: the model has 8-bit matrices; prune the float model, then call slm.int8_weights")
+    check_float_weights(model.params)
     names = matrices(model.params, plan.skip, "prune.skip")
     weights = {name: leaf for name, leaf in flat(model.params).items() if name in names}
     scope = plan.scope or ("output" if plan.criterion == "wanda" else "layer")
@@ -160,10 +159,6 @@ def _keep(sparsity, scope, pattern, scores):
 def _wanda_scores(weight_IxO, squares_I):
     """|W_ij| ||X_i||: inputs are the rows here, and the columns in the paper."""
     return jnp.abs(weight_IxO.astype(jnp.float32)) * jnp.sqrt(squares_I)[:, None]
-
-
-def _is_quantized(leaf) -> bool:
-    return isinstance(leaf, Int8Matrix)
 
 
 @contextmanager

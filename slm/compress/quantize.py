@@ -1,45 +1,28 @@
-"""Weights in fewer bits, after training."""
+"""Weights in fewer bits, after training: slm.quantize."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens
 from slm.compress.schemes import Scheme
-from slm.compress.targets import quantizable
+from slm.compress.targets import matrices
 from slm.errors import ConfigError
 from slm.models.heads import check_next_token
 from slm.models.language_model import LanguageModel
-from slm.models.quantized import check_float_weights, dequantized
+from slm.models.quantized import QuantizedMatrix, check_float_weights, dequantized
 from slm.training.transforms import flat, replaced
 
-EMBEDDING, HEAD = "embed/embedding", "head/kernel"
-Schemes = dict[str, Scheme]
-"""By name of a matrix."""
-
-
-class Rounded(NamedTuple):
-    """What a method has found."""
-
-    model: LanguageModel
-    """Whose matrices are to be packed: changed, or as they were."""
-    grids: dict[str, tuple[jax.Array, jax.Array | None]]
-    """Name of a matrix to (scale, zero), where they are not those of `Scheme.fit`."""
-
-
-Method = Callable[..., Rounded]
-"""(model, schemes, tokens or None, **settings) -> Rounded."""
-
-
-def nearest(model: LanguageModel, schemes: Schemes, tokens: Any = None) -> Rounded:
-    """Round to nearest (RTN): each weight by itself."""
-    return Rounded(model, {})
-
-
-METHODS: dict[str, tuple[Method, bool]] = {"rtn": (nearest, False)}
-"""Name in slm.quantize to (method, whether it needs calibration)."""
+APART = ("key_up", "value_up", "forget")
+"""Parts of names of matrices that layers do more with than multiply by them, or in higher precision."""
+TABLES = {"embed/embedding": -1, "head/kernel": -2}
+"""Matrices outside of layers, which get 8 bits at least, to the axis of their inputs."""
+PREPARE, FINISH = ("awq", "smoothquant", "rotate"), ("rtn", "gptq", "hqq")
+"""Methods that change a model into an equal one that loses less, and those that choose codes."""
+NEED_TEXT = ("awq", "smoothquant", "gptq")
 
 
 def quantize(
@@ -48,65 +31,100 @@ def quantize(
     *,
     method: str = "rtn",
     group_size: int | None = None,
-    symmetric: bool = True,
-    activations: str | None = None,
-    embedding: str | None = None,
+    symmetric: bool | None = None,
+    activations: str = "none",
+    embedding: bool | None = None,
     skip: tuple[str, ...] = (),
     calibration: Any = None,
     sequences: int = SEQUENCES,
     length: int = LENGTH,
     seed: int = 0,
-    **settings: Any,
+    damping: float = 0.01,
+    act_order: bool = False,
+    migration: float = 0.5,
+    progress: Callable[[int, int], None] = lambda done, layers: None,
 ) -> LanguageModel:
-    """The model with the matrices of its layers on a grid of few bits; norms, biases and the like stay as they are.
-
-    For running it, saving it (slm.save) or exporting it; `slm.dequantize` makes floats of it again.
+    """The model with the matrices of its layers in fewer bits. It runs, is saved by slm.save, and cannot be trained.
 
     Args:
       model: one that predicts the next token, with float weights.
-      scheme: int8, int4, int3, int2, nf4, ternary or fp8 (slm.compress.schemes).
-      method: a name in METHODS: how the grid and the weights on it are chosen.
+      scheme: int8, int4, int3 (stored in 4 bits), int2, nf4, ternary or fp8: see slm.compress.schemes.
+      method: `rtn`, rounding to nearest; `gptq`, column by column, later ones making up for earlier ones; `hqq`, zero
+        points for small errors, without data; or, before one of these (`rotate+gptq`; alone: before rtn), a change of
+        the model into an equal one: `awq`, larger scales for channels of large inputs; `smoothquant`, smaller inputs
+        and larger weights, for activations = int8; `rotate`, a rotated residual stream, without outliers.
       group_size: inputs that share a scale; None: all of an output.
-      symmetric: False: with a float zero point.
-      activations: int8: products of integers, each token's activations rounded by themselves (W8A8).
-      embedding: `int8` or `float`: what the embedding and the output projection become; None: int8 for 8-bit schemes;
-        with fewer bits it must be said, for they are a large part of a small model.
-      skip: matrices that stay as they are: regular expressions of whole names.
-      calibration: a text, or (N, T) ids, for methods that measure what matrices are given.
-      sequences, length: how much of it.
-      seed: of what is drawn from it.
-      settings: of the method.
+      symmetric: integers around zero; False: from a float zero point. None: False for hqq, else True.
+      activations: `int8`: inputs of matrices are rounded too, each token by itself, and products are of integers.
+      embedding: also the embedding and the head, in int8 (of the same group_size); None: as for int8 matrices, and
+        refused for others where embedding and head are one, since it is most of what is left and read twice.
+      skip: matrices that stay float: regular expressions of whole names, such as `.*/mlp/down/kernel`.
+      calibration: text, or ids (N, T), for awq, smoothquant and gptq.
+      sequences, length, seed: how much of it.
+      damping, act_order: of gptq (slm.compress.gptq). migration: of smoothquant, alpha in its paper.
+      progress: called with (layers done, layers), for each sweep over the layers.
 
-    Raises ConfigError, naming the field, for what cannot be.
+    Raises ConfigError, naming the field, for what cannot be, and DataError for too short a text.
     """
     check_next_token(model.config.model)
     check_float_weights(model.params)
-    if method not in METHODS:
-        raise ConfigError(f"method = {method!r}: one of {', '.join(METHODS)}")
-    grid = Scheme(scheme, group_size, symmetric, activations)
-    function, calibrates = METHODS[method]
-    if calibrates and calibration is None:
-        raise ConfigError(f"method = {method} measures what matrices are given: pass calibration, a text or token ids")
-    if embedding not in (None, "int8", "float"):
-        raise ConfigError(f"embedding = {embedding!r}: int8 or float")
-    if embedding is None and grid.bits < 8:
+    before, last = parse_method(method)
+    symmetric = (last != "hqq") if symmetric is None else symmetric
+    one = Scheme(scheme, group_size, symmetric, activations)
+    if embedding is None:
+        if one.bits < 8 and model.config.model.tied:
+            raise ConfigError(
+                f"quantize.embedding: {scheme} with an embedding that is the head too: say True, for 8 bits, or False"
+            )
+        embedding = one.bits == 8
+    schemes = dict.fromkeys(quantizable(model.params, skip), one)
+    check_sizes(model.params, schemes)
+    tokens = None
+    if needing := [part for part in (*before, last) if part in NEED_TEXT]:
+        if calibration is None:
+            raise ConfigError(f"quantize.method = {needing[0]} needs calibration: give a text, or ids (N, T)")
+        tokens = calibration_tokens(model, calibration, sequences, length, seed)
+    for part in before:
+        model = _prepared(part, model, one, schemes, tokens, migration, seed, progress)
+    quantized = _finished(last, model, schemes, tokens, damping, act_order, progress)
+    if embedding:
+        quantized |= tables(model.params, group_size)
+    return with_matrices(model, quantized)
+
+
+def parse_method(method: str) -> tuple[tuple[str, ...], str]:
+    """(changes of the model, in order; the choice of codes) of `awq+gptq` and the like. Raises ConfigError."""
+    parts = method.split("+")
+    last = parts.pop() if parts[-1] in FINISH else "rtn"
+    if not set(parts) <= set(PREPARE):
         raise ConfigError(
-            f"scheme = {scheme}: say what becomes of the embedding and the output projection: embedding = int8 or float"
+            f"quantize.method = {method!r}: one of {', '.join(FINISH)}, with {', '.join(PREPARE)} before it and a +"
         )
-    schemes = layer_schemes(model.params, grid, skip)
-    tokens = None if calibration is None else calibration_tokens(model, calibration, sequences, length, seed)
-    found = function(model, schemes, *([tokens] if calibrates else []), **settings)
-    if embedding != "float":
-        schemes = schemes | outer_schemes(found.model.params)
-    return dataclasses.replace(found.model, params=packed(found.model.params, schemes, found.grids))
+    return tuple(parts), last
 
 
-def quantize_by_name(model: LanguageModel, spec: str) -> LanguageModel:
-    """`quantize` by SCHEME or SCHEME:GROUP, to nearest, with an embedding of 8 bits: what command lines take."""
-    scheme, _, group = spec.partition(":")
-    if group and not group.isdecimal():
-        raise ConfigError(f"--quantize {spec}: must be SCHEME or SCHEME:GROUP, such as int4:32")
-    return quantize(model, scheme, group_size=int(group) if group else None, embedding="int8")
+def quantizable(params: Any, skip: tuple[str, ...] = ()) -> list[str]:
+    """Names of the matrices inside layers that can be quantized, but for those that `skip` matches whole.
+
+    Raises ConfigError as slm.compress.targets.matrices does.
+    """
+    found = matrices(params, skip, "quantize.skip")
+    return [name for name in found if not any(part in name.split("/")[-2] for part in APART)]
+
+
+def check_sizes(params: Any, schemes: dict[str, Scheme]) -> None:
+    """Raises ConfigError if groups do not divide a matrix."""
+    found = flat(params)
+    for name, scheme in schemes.items():
+        scheme.check(name, found[name].shape[-2])
+
+
+def tables(params: Any, group_size: int | None = None) -> dict[str, QuantizedMatrix]:
+    """The embedding and, if there is one, the head's matrix, in int8. Raises ConfigError if groups do not divide it."""
+    found, scheme = flat(params), Scheme("int8", group_size)
+    for name in TABLES.keys() & found.keys():
+        scheme.check(name, found[name].shape[TABLES[name]])
+    return {name: scheme.pack(found[name], inputs=axis) for name, axis in TABLES.items() if name in found}
 
 
 def dequantize(model: LanguageModel) -> LanguageModel:
@@ -114,23 +132,32 @@ def dequantize(model: LanguageModel) -> LanguageModel:
     return dataclasses.replace(model, params=dequantized(model.params))
 
 
-def layer_schemes(params: Any, scheme: Scheme, skip: tuple[str, ...] = (), field: str = "skip") -> Schemes:
-    """`scheme` for every matrix of layers.
+def with_matrices(model: LanguageModel, quantized: dict[str, QuantizedMatrix]) -> LanguageModel:
+    """The model with quantized matrices in place of float ones."""
 
-    Raises ConfigError for patterns that match none, or groups that do not divide a matrix.
-    """
-    names, leaves = quantizable(params, skip, field), flat(params)
-    for name in names:
-        scheme.groups(leaves[name].shape[-2], name)
-    return dict.fromkeys(names, scheme)
+    return dataclasses.replace(model, params=replaced(model.params, quantized))
 
 
-def outer_schemes(params: Any) -> Schemes:
-    """8 bits for what stands outside of layers: the embedding, and the output projection where it is one of its own."""
-    return {EMBEDDING: Scheme("int8", axis=-1)} | ({HEAD: Scheme("int8")} if HEAD in flat(params) else {})
+def _prepared(part, model, scheme, schemes, tokens, migration, seed, progress):
+    if part == "rotate":
+        from slm.compress.rotate import rotate
+
+        return rotate(model, seed)
+    from slm.compress import scaling
+
+    if part == "awq":
+        return scaling.awq(model, schemes, tokens, progress)
+    return scaling.smoothquant(model, schemes, tokens, migration, progress)
 
 
-def packed(params: Any, schemes: Schemes, grids: dict[str, tuple] | None = None) -> Any:
-    """Parameters with matrices as they are stored."""
-    leaves, grids = flat(params), grids or {}
-    return replaced(params, {name: s.pack(leaves[name], *grids.get(name, ())) for name, s in schemes.items()})
+def _finished(last, model, schemes, tokens, damping, act_order, progress) -> dict[str, QuantizedMatrix]:
+    if last == "gptq":
+        from slm.compress.gptq import gptq_matrices
+
+        return gptq_matrices(model, schemes, tokens, damping, act_order, progress)
+    found = flat(model.params)
+    if last == "hqq":
+        from slm.compress.hqq import hqq
+
+        return {name: hqq(found[name], scheme) for name, scheme in schemes.items()}
+    return {name: jax.jit(scheme.pack)(jnp.asarray(found[name])) for name, scheme in schemes.items()}

@@ -1,145 +1,151 @@
-"""Grids: which numbers of few bits stand for a weight. Pure functions of arrays, for rounding in and after training.
+"""Grids of a few bits and the scales that fit weights to them: pure functions of arrays, under jit or not.
 
-Conventions. Symmetric integers of b < 8 bits have codes -2^(b-1) ... 2^(b-1) - 1, and a scale, of either sign, that
-maps the weight of largest magnitude to the lowest code exactly, as GGUF's Q4_0 has it: all 2^b codes are used. 8 bits
-have -127 ... 127, as Q8_0. Asymmetric ones have codes 0 ... 2^b - 1 and a float zero, the smallest weight (Q4_1; HQQ,
-Badri & Shaji 2023): an integer zero point cannot hold such a grid. Ties round to even. Zero is always on a symmetric
-grid. Rounding what lies on a grid changes nothing, but for ternary weights, whose scale is a mean.
+Conventions. Codes are rounded to nearest, halves to even.
+- Symmetric int8: scale = largest |w| / 127, codes -127..127, as GGUF's Q8_0.
+- Symmetric int4, int3, int2: scale = the w of largest |w| / -8, -4, -2, with its sign, codes -8..7, -4..3, -2..1, as
+  GGUF's Q4_0: the largest weight is restored exactly; weights of nearly that size and the other sign lose up to a step.
+- Asymmetric: code 0 stands for the smallest weight, a float, and the highest code for the largest, as GGUF's Q4_1.
+- nf4: scale = largest |w|. fp8: largest |w| / 448. ternary: mean |w| (BitNet b1.58, Ma et al. 2024, 2402.17764).
+Scales of groups are rounded to float16 before codes are chosen; those of outputs are float32 of 16 bits of precision.
+So code x scale is exact, and no compiler's fused multiply-add changes the sum with a zero. A matrix that is on its grid
+stays, fake(fake(w)) = fake(w), where scales are normal numbers of float16; but not with ternary, whose mean changes.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from slm.errors import ConfigError
-from slm.models.quantized import BITS, NF4, QuantizedMatrix, pack, restore, spread
+from slm.models.quantized import GRIDS, LEVELS, QuantizedMatrix, from_codes, restore, spread
 
-LARGEST_FP8 = 448.0
-"""Of float8_e4m3fn."""
+INTEGERS = tuple(LEVELS)
+"""Schemes that may be asymmetric."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A grid. Raises ConfigError for one that does not exist."""
+    """How a matrix is quantized. Weights w are (..., in, out) for inputs = -2, or (..., out, in) for -1.
 
-    name: str
-    """A key of slm.models.quantized.BITS."""
+    Scales and zeros have w's shape with one entry for each group of inputs, or one in all; zero is None for symmetric
+    schemes. Raises ConfigError for what a grid cannot have.
+    """
+
+    name: Literal["int8", "int4", "int3", "int2", "nf4", "ternary", "fp8"]
     group_size: int | None = None
-    """Inputs that share a scale; None: all of an output (nf4: 64; ternary: all of a matrix)."""
+    """Inputs that share a scale; None: all of an output (ternary: all of the matrix)."""
     symmetric: bool = True
-    """False: integers with a float zero."""
-    activations: str | None = None
-    """int8: round what the matrix is multiplied with, too."""
-    axis: int = -2
-    """Of the inputs: -2 of a kernel, -1 of an embedding."""
+    activations: Literal["none", "int8"] = "none"
 
     def __post_init__(self):
-        if self.name not in BITS:
-            raise ConfigError(f"scheme = {self.name!r}: one of {', '.join(BITS)}")
-        if not self.symmetric and not self.name.startswith("int"):
-            raise ConfigError(f"symmetric = false: {self.name} has no zero point; use int8 to int2")
-        if self.group_size is not None and self.group_size < 2:
+        if self.name not in GRIDS:
+            raise ConfigError(f"quantize.scheme = {self.name!r}: one of {', '.join(GRIDS)}")
+        if not self.symmetric and self.name not in INTEGERS:
             raise ConfigError(
-                f"group_size = {self.group_size}: must be at least 2, or None for all inputs of an output"
+                f"quantize.symmetric = false: {self.name} has no zero point, only {', '.join(INTEGERS)} do; set it true"
             )
-        if self.activations not in (None, "int8"):
-            raise ConfigError(f"activations = {self.activations!r}: int8, or None")
-        if self.activations and (self.name != "int8" or self.group_size or not self.symmetric):
+        if self.activations not in ("none", "int8"):
+            raise ConfigError(f"quantize.activations = {self.activations!r}: none or int8")
+        if self.activations == "int8" and self.name in ("nf4", "fp8"):
             raise ConfigError(
-                "activations = int8: products of integers need scheme = int8, symmetric, with one scale an output"
+                f"quantize.activations = int8 needs weights that are integers, not {self.name}: use int8 or int4"
             )
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(f"quantize.group_size = {self.group_size}: must be at least 1, or none for one an output")
+
+    def check(self, name: str, size: int) -> None:
+        """Raises ConfigError if groups do not divide the `size` inputs of the matrix `name`."""
+        if self.group_size and size % self.group_size:
+            raise ConfigError(
+                f"quantize.group_size = {self.group_size} does not divide the {size} inputs of {name}: choose one that "
+                f"does, such as {max(g for g in range(1, self.group_size) if size % g == 0)}, or skip this matrix"
+            )
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Lowest and highest code of integers."""
+        grid = GRIDS[self.name]
+        return (grid.low, grid.high) if self.symmetric else (0, LEVELS[self.name])
 
     @property
     def bits(self) -> int:
-        """Of a code, without what it is padded to."""
-        return 3 if self.name == "int3" else BITS[self.name]
+        """That a code takes when stored."""
+        return GRIDS[self.name].bits
 
-    @property
-    def range(self) -> tuple[float, float]:
-        """Lowest and highest code of integers."""
-        if self.name == "ternary":
-            return -1, 1
-        if not self.symmetric:
-            return 0, 2**self.bits - 1
-        return (-127, 127) if self.name == "int8" else (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1)
-
-    def groups(self, inputs: int, name: str = "a matrix") -> int:
-        """Scales that an output with so many inputs has. Raises ConfigError where groups do not divide them."""
-        size = self.group_size or (64 if self.name == "nf4" and inputs % 64 == 0 else inputs)
-        if inputs % size:
-            raise ConfigError(f"group_size = {size} does not divide the {inputs} inputs of {name}")
-        return inputs // size
-
-    def fit(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """(scale, zero) of weights (..., in, out): see QuantizedMatrix for their shapes."""
+    def fit(self, w: jax.Array, inputs: int = -2) -> tuple[jax.Array, jax.Array | None]:
+        """(scale, zero) of float weights, float32, rounded as they are stored."""
         w = w.astype(jnp.float32)
+        grid, axis = GRIDS[self.name], inputs % w.ndim
         if self.name == "ternary" and self.group_size is None:
-            return jnp.maximum(jnp.abs(w).mean((-2, -1), keepdims=True), 1e-8), None  # BitNet b1.58, equations 1 to 3
-        grouped, axis = self._grouped(w)
+            return self.stored(_mean(jnp.abs(w), (-1, -2), True))
+        groups = w.shape[axis] // (self.group_size or w.shape[axis])
+        # (..., groups, inputs of a group, ...)
+        parts = w.reshape(*w.shape[:axis], groups, -1, *w.shape[axis + 1 :])
+        axis += 1
+        if not self.symmetric:
+            low, high = parts.min(axis), parts.max(axis)
+            return self.stored((high - low) * jnp.float32(1 / LEVELS[self.name]), low)
         if self.name == "ternary":
-            scale, zero = jnp.maximum(jnp.abs(grouped).mean(axis), 1e-8), None
-        elif not self.symmetric:
-            zero = grouped.min(axis)
-            scale = (grouped.max(axis) - zero) / self.range[1]
-        elif self.name in ("int8", "nf4", "fp8"):
-            scale, zero = jnp.abs(grouped).max(axis) / {"int8": 127, "nf4": 1, "fp8": LARGEST_FP8}[self.name], None
-        else:
-            high, low = grouped.max(axis), grouped.min(axis)
-            scale, zero = jnp.where(-low > high, low, high) / self.range[0], None
-        return self.stored(scale), None if zero is None else self.stored(zero)
+            return self.stored(_mean(jnp.abs(parts), axis))
+        high, low = parts.max(axis), parts.min(axis)
+        largest = jnp.maximum(jnp.abs(high), jnp.abs(low))
+        if self.name in ("int8", "nf4", "fp8"):
+            return self.stored(largest * jnp.float32(1 / (1 if grid.table else grid.high)))
+        # Of equally large weights the positive one, so that the order of weights does not matter.
+        return self.stored(jnp.where(high >= -low, high, low) * jnp.float32(1 / grid.low))
 
-    def stored(self, scale: jax.Array) -> jax.Array:
-        """A scale or zero as it is kept, and as codes are chosen by: those of groups in half precision."""
-        return scale.astype(jnp.float16) if scale.shape[self.axis] > 1 else scale.astype(jnp.float32)
+    def stored(self, scale, zero=None) -> tuple[jax.Array, jax.Array | None]:
+        """A scale and zero as they are stored, in float32: for those that are not of `fit`, such as learned ones."""
+        scale = scale.astype(jnp.float32)
+        if self.group_size:
+            return tuple(None if a is None else _half(a) for a in (scale, zero))
+        return jax.lax.reduce_precision(scale, 8, 15), None if zero is None else zero.astype(jnp.float32)
 
-    def codes(self, w: jax.Array, scale: jax.Array, zero: jax.Array | None = None) -> jax.Array:
-        """The nearest codes to weights, as floats (of nf4: numbers of its values)."""
-        w = w.astype(jnp.float32)
+    def codes(self, w, scale, zero=None, inputs: int = -2) -> jax.Array:
+        """Codes (float32, w's shape) of the nearest points of the grid. Scales of groups, or of w's inputs one by one.
+
+        Integers; for nf4 numbers of table entries; for fp8 numbers that float8_e4m3fn has.
+        """
+        grid, size = GRIDS[self.name], w.shape[inputs]
+        scale = spread(scale, size, inputs)
+        # By the reciprocal, since compilers turn some divisions into that and others not.
+        x = w.astype(jnp.float32)
+        x = (x if zero is None else x - spread(zero, size, inputs)) * jnp.where(scale == 0, 0, 1 / _nonzero(scale))
         if zero is not None:
-            w = w - spread(zero, w.shape, self.axis)
-        scale = spread(scale, w.shape, self.axis)
-        w = w / jnp.where(scale == 0, 1, scale)
-        if self.name == "nf4":
-            return (w[..., None] > jnp.asarray((NF4[1:] + NF4[:-1]) / 2)).sum(-1).astype(jnp.float32)
-        if self.name == "fp8":
-            return jnp.clip(w, -LARGEST_FP8, LARGEST_FP8).astype(jnp.float8_e4m3fn).astype(jnp.float32)
-        return jnp.clip(jnp.round(w), *self.range)
+            return jnp.clip(jnp.round(x), 0, LEVELS[self.name])
+        if grid.table:
+            middles = [jnp.float32((a + b) / 2) for a, b in zip(grid.table, grid.table[1:])]
+            return sum((x > middle).astype(jnp.float32) for middle in middles)
+        x = jnp.clip(x, grid.low, grid.high)
+        return x.astype(jnp.float8_e4m3fn).astype(jnp.float32) if self.name == "fp8" else jnp.round(x)
 
-    def restore(self, codes: jax.Array, scale: jax.Array, zero: jax.Array | None = None) -> jax.Array:
-        """Weights of codes, float32."""
-        return restore(codes, scale, zero, self.name, self.axis)
+    def restore(self, codes, scale, zero=None, inputs: int = -2) -> jax.Array:
+        """Float32 weights from codes."""
+        return restore(codes, scale, zero, self.name, inputs)
 
-    def fake(self, w: jax.Array, scale: jax.Array | None = None, zero: jax.Array | None = None) -> jax.Array:
-        """Weights rounded to the grid, float32. None: the grid that `fit` gives."""
-        if scale is None:
-            scale, zero = self.fit(w)
-        return self.restore(self.codes(w, scale, zero), scale, zero)
+    def fake(self, w, scale=None, zero=None, inputs: int = -2) -> jax.Array:
+        """w rounded to the grid, float32: of these scales, as they are stored, or of its own."""
+        scale, zero = self.fit(w, inputs) if scale is None else self.stored(scale, zero)
+        return self.restore(self.codes(w, scale, zero, inputs), scale, zero, inputs)
 
-    def pack(self, w: jax.Array, scale: jax.Array | None = None, zero: jax.Array | None = None) -> QuantizedMatrix:
-        """Weights as they are stored: `fake` of them, exactly."""
-        if scale is None:
-            scale, zero = self.fit(w)
-        codes = pack(self.codes(w, scale, zero), self.name, self.axis, zero is None)
-        return QuantizedMatrix(codes, scale, zero, self.name, self.axis, w.shape[self.axis], self.activations)
-
-    def spread(self, scale: jax.Array, w: jax.Array) -> jax.Array:
-        """Scales as they multiply `w`."""
-        return spread(scale, w.shape, self.axis)
-
-    def _grouped(self, w: jax.Array) -> tuple[jax.Array, int]:
-        """(weights with an axis for each group, the axis inside a group)."""
-        at, shape = w.ndim + self.axis, list(w.shape)
-        groups = self.groups(shape[at])
-        shape[at : at + 1] = [groups, shape[at] // groups]
-        return w.reshape(shape), at + 1
+    def pack(self, w, scale=None, zero=None, inputs: int = -2) -> QuantizedMatrix:
+        """w quantized: what it restores to equals `fake` of the same arguments bit for bit."""
+        scale, zero = self.fit(w, inputs) if scale is None else self.stored(scale, zero)
+        codes = self.codes(w, scale, zero, inputs)
+        return from_codes(codes, scale, zero, self.name, self.group_size, self.activations, inputs)
 
 
-def effective_bits(params: Any) -> float:
-    """Bits that a weight of the quantized matrices takes, scales and zeros included; 32 without any."""
-    found = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
-    matrices = [leaf for leaf in found if isinstance(leaf, QuantizedMatrix)]
-    stored = sum(leaf.nbytes for matrix in matrices for leaf in jax.tree.leaves(matrix))
-    return 8 * stored / sum(int(np.prod(m.shape)) for m in matrices) if matrices else 32.0
+def _half(a: Any) -> jax.Array:
+    """Rounded to float16. Not by astype, there and back, which XLA may take for nothing and leave out."""
+    a = jnp.clip(a.astype(jnp.float32), -65504, 65504)
+    return jnp.where(jnp.abs(a) < 2**-14, jnp.round(a * 2**24) * 2**-24, jax.lax.reduce_precision(a, 5, 10))
+
+
+def _mean(a, axes, keepdims: bool = False) -> jax.Array:
+    # Apart from what stands around it, which could change the order of the sum.
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(a).mean(axes, keepdims=keepdims))
+
+
+def _nonzero(scale):
+    return jnp.where(scale == 0, 1, scale)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from slm.compress.schemes import Scheme
 from slm.compress.sparsity import keep_highest, parse_pattern
 from slm.errors import ConfigError
+from slm.models.quantized import spread
 
 BLOCK = 128
 """Inputs whose effect on all later ones is added up and applied at once: a matrix product instead of many outer ones
@@ -144,13 +145,9 @@ class Round:
     scheme: Scheme
     size: int | None
     """Inputs in a group; None: grids are given, (scale (I, O), zero (I, O) or None)."""
-    half: bool
-    """Whether the scales of groups that are fitted here are stored in half precision."""
 
     def begin(self, rows, diagonal, given):
-        if self.size is None:
-            return given
-        return jax.tree.map(lambda a: a.astype(jnp.float16) if self.half else a, self.scheme.fit(rows))
+        return given if self.size is None else self.scheme.fit(rows)
 
     def row(self, decided, i, row):
         scale, zero = jax.tree.map(lambda a: a[i if self.size is None else 0][None], decided)
@@ -197,18 +194,16 @@ def gptq(kernel_IxO, gram_IxI, scheme: Scheme, damping: float = DAMPING, act_ord
 
     Raises ConfigError where groups do not divide the inputs.
     """
-    groups = scheme.groups(len(kernel_IxO))
+    scheme.check("a matrix", len(kernel_IxO))
     kernel = _alive(kernel_IxO, gram_IxI).astype(jnp.float32)
-    if groups > 1 and not act_order:
-        values, (scale, zero) = solve(
-            kernel, factor(gram_IxI, damping), Round(scheme, len(kernel) // groups, half=True)
-        )
+    if scheme.group_size and not act_order:
+        values, (scale, zero) = solve(kernel, factor(gram_IxI, damping), Round(scheme, scheme.group_size))
         return values, scale[:, 0], None if zero is None else zero[:, 0]
     scale, zero = scheme.fit(kernel)
     order = jnp.argsort(-jnp.diagonal(gram_IxI)) if act_order else jnp.arange(len(kernel))
-    given = jax.tree.map(lambda a: jnp.broadcast_to(scheme.spread(a, kernel), kernel.shape)[order], (scale, zero))
+    given = jax.tree.map(lambda a: jnp.broadcast_to(spread(a, len(kernel)), kernel.shape)[order], (scale, zero))
     U = factor(gram_IxI[order][:, order], damping)
-    values, _ = solve(kernel[order], U, Round(scheme, None, half=False), given)
+    values, _ = solve(kernel[order], U, Round(scheme, None), given)
     return values[jnp.argsort(order)], scale, zero
 
 

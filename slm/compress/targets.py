@@ -12,15 +12,6 @@ CONVOLUTIONS = re.compile(r".*conv.*/kernel")
 """Filters of a few taps for each channel: no matrices, though they are called kernel."""
 
 
-APART = ("key_up", "value_up", "conv", "forget")
-"""Parts of names of matrices that layers do more with than multiply by them, or in higher precision: left alone."""
-
-
-def quantizable(params: Any, skip: tuple[str, ...] = (), field: str = "skip") -> list[str]:
-    """Those of `matrices` that layers only multiply by."""
-    return [name for name in matrices(params, skip, field) if not any(part in name.split("/")[-2] for part in APART)]
-
-
 def matrices(params: Any, skip: tuple[str, ...] = (), field: str = "skip") -> list[str]:
     """Names of the matrices inside layers, without those that a pattern of `skip` matches whole (re.fullmatch).
 

@@ -64,9 +64,11 @@ class Arguments:
     """Draw only among the likeliest tokens that together reach this probability, such as 0.95."""
     min_p: float | None = None
     """Draw only among tokens at least this many times as likely as the likeliest, such as 0.05."""
-    quantize: str | None = None
-    """Round the weights once they are loaded: SCHEME or SCHEME:GROUP, such as int8 (a quarter of float32's memory; on a
-    CPU, one text at a time comes somewhat sooner) or int4:32. slm.quantize knows better methods."""
+    quantize: Literal["int8", "int4", "int3", "int2", "nf4", "ternary", "fp8"] | None = None
+    """Round the weights to this grid once they are loaded, the embedding to 8 bits. On a CPU, one text at a time comes
+    somewhat sooner with int8. slm.quantize in Python has better methods than rounding."""
+    group_size: int | None = None
+    """Inputs that share a scale, for --quantize; None: all of an output."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is about half of the one before. None: that of computation."""
     save: Path | None = None
@@ -105,9 +107,9 @@ def run(arguments: Arguments) -> None:
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     model = open_model(arguments.run, arguments.checkpoint)
     if arguments.quantize is not None:
-        from slm.compress.quantize import quantize_by_name
+        from slm.compress.quantize import quantize
 
-        model = quantize_by_name(model, arguments.quantize)
+        model = quantize(model, arguments.quantize, group_size=arguments.group_size, embedding=True)
     draft = None if arguments.draft is None else open_model(arguments.draft)
     if draft is not None:
         check_draft(model, draft)
@@ -257,6 +259,8 @@ def check(arguments: Arguments) -> None:
         raise SlmError(f"--chat cannot go with {also[0]}: leave one of them out")
     if arguments.draft is not None and not (arguments.chat or arguments.prompt or arguments.prompts):
         raise SlmError("--draft belongs to --prompt, --prompts or --chat: leave it out, or add one of them")
+    if arguments.group_size is not None and arguments.quantize is None:
+        raise SlmError("--group-size belongs to --quantize: leave it out, or say which grid")
     if arguments.system is not None and not arguments.chat:
         raise SlmError("--system belongs to --chat: leave it out, or add --chat")
 

@@ -1,12 +1,12 @@
-"""A model in a folder: any model, quantized ones too, as safetensors by the names of its parameters.
+"""A model as one folder of ours, quantized or not: slm.save, and what slm.load reads it with.
 
-    config.json          the experiment
-    tokenizer.json
-    model.safetensors    (or shards with an index)
-    quantization.json    what quantized matrices are made of: name to {format, axis, inputs, activations}
-    origin/              what a model of another house brought along
-
-Nothing in it is run: tensors are checked against the shapes that the config promises before they are used.
+config.json          the experiment, as in a run
+tokenizer.json       if the model has one
+model.safetensors    every leaf of the parameter tree by its name; of quantized matrices NAME/values, NAME/scale and,
+                     asymmetric, NAME/zero, packed as slm.models.quantized says
+layout.json          {"version": 1, "dtype": of computation, "quantized": {NAME: {"scheme", "group_size",
+                     "symmetric", "activations", "inputs"}}}
+origin/              what came with a model from another house: its config, chat template, generation settings
 """
 
 import json
@@ -15,135 +15,131 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from slm.config import from_json, to_json
+from slm.config import Experiment, from_json, to_json
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.starting import keep_origin, kept_origin
-from slm.interop.tensors import TensorFolder, read_json, write_shards
+from slm.interop.tensors import SINGLE, TensorFolder, read_json
 from slm.models.counts import abstract_parameters
 from slm.models.language_model import LanguageModel
-from slm.models.quantized import BITS, QuantizedMatrix, is_quantized
+from slm.models.quantized import GRIDS, LEVELS, from_codes, is_quantized
 
-CONFIG, TOKENIZER, QUANTIZATION = "config.json", "tokenizer.json", "quantization.json"
-SHARD_BYTES = 4 * 10**9
+CONFIG, LAYOUT, TOKENIZER, VERSION = "config.json", "layout.json", "tokenizer.json", 1
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def save(model: LanguageModel, folder: str | Path) -> None:
-    """Writes the model; `slm.load` and eval.py read it. What was saved there before is replaced.
+def save(model: LanguageModel, folder: str | Path) -> Path:
+    """Writes a folder that slm.load, eval.py and the server open. What an earlier save left there is replaced.
 
-    Raises:
-      ConfigError: the folder holds something else than a saved model.
-      CheckpointError: it cannot be written.
+    Args:
+      model: any; quantized matrices are written as they are packed.
+      folder: created if need be.
+
+    Returns:
+      The folder.
+
+    Raises CheckpointError if it holds something else, or cannot be written.
     """
-    folder = Path(folder).expanduser()
-    if folder.is_dir() and any(folder.iterdir()) and not is_saved(folder):
-        raise ConfigError(f"{folder} holds something else than a saved model: name another folder")
-    tensors, described = {}, {}
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not is_saved(folder):
+        raise CheckpointError(f"{folder} holds something else than a saved model: name an empty or new folder")
+    layout = {"version": VERSION, "dtype": jnp.dtype(model.dtype).name, "quantized": {}}
     for path, leaf in jax.tree.leaves_with_path(model.params, is_leaf=is_quantized):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         if is_quantized(leaf):
-            parts = {"values": leaf.values, "scale": leaf.scale, "zero": leaf.zero}
-            tensors |= {f"{name}/{part}": _plain(a) for part, a in parts.items() if a is not None}
-            described[name] = {
-                "format": leaf.format, "axis": leaf.axis, "inputs": leaf.inputs, "activations": leaf.activations
+            layout["quantized"][_name(path)] = {
+                "scheme": leaf.scheme, "group_size": leaf.group_size, "symmetric": leaf.zero is None,
+                "activations": leaf.activations, "inputs": leaf.inputs,
             }  # fmt: skip
-        else:
-            tensors[name] = _plain(leaf)
+    tensors = {_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(model.params)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_shards(folder, tensors.items(), SHARD_BYTES)
-        (folder / QUANTIZATION).unlink(missing_ok=True)
-        if described:
-            (folder / QUANTIZATION).write_text(json.dumps(described, indent=2) + "\n")
+        (folder / SINGLE).unlink(missing_ok=True)
+        (folder / LAYOUT).write_text(json.dumps(layout, indent=2) + "\n")
+        (folder / CONFIG).write_text(to_json(model.config))
         if model.tokenizer is not None:
             model.tokenizer.save(folder / TOKENIZER)
         if model.origin is not None:
             keep_origin(model.origin, folder)
-        (folder / CONFIG).write_text(to_json(model.config))
+        # Last, so that a folder with weights is a whole one.
+        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / SINGLE)
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save` wrote this folder."""
-    if not (folder / CONFIG).is_file() or not any(folder.glob("model*.safetensors")):
-        return False
-    try:
-        return isinstance(read_json(folder / CONFIG).get("model"), dict)
-    except CheckpointError:
-        return False
+    return (folder / LAYOUT).is_file()
 
 
-def load_saved(folder: str | Path) -> LanguageModel:
-    """The model that `save` wrote. Raises CheckpointError if it is damaged."""
+def load_saved(folder: Path) -> LanguageModel:
+    """The model that `save` wrote. Raises CheckpointError, naming the file or tensor, for a damaged folder."""
     from slm.data.tokenizers import Tokenizer
 
-    folder = Path(folder)
+    layout = read_json(folder / LAYOUT)
+    if layout.get("version") != VERSION or layout.get("dtype") not in DTYPES:
+        raise CheckpointError(f"{folder / LAYOUT}: version {layout.get('version')}, dtype {layout.get('dtype')!r}: "
+                              f"this slm reads version {VERSION} and {', '.join(DTYPES)}")  # fmt: skip
     try:
         cfg = from_json((folder / CONFIG).read_text())
-    except (OSError, ConfigError) as error:
+    except (ConfigError, ValueError, OSError) as error:
         raise CheckpointError(f"{folder / CONFIG} cannot be used: {error}") from error
-    described = read_json(folder / QUANTIZATION) if (folder / QUANTIZATION).is_file() else {}
-    promised = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(abstract_parameters(cfg.model))
-    }
-    if unknown := sorted(set(described) - set(promised)):
-        raise CheckpointError(f"{folder / QUANTIZATION} describes {unknown[0]}, which the model does not have")
+    expected = _expected(cfg, layout.get("quantized"), folder / LAYOUT)
     with TensorFolder(folder) as tensors:
-        expected = set(promised) - set(described)
-        for name in described:
-            expected |= {f"{name}/values", f"{name}/scale"}
-        found = set(tensors.names())
-        optional = {f"{name}/zero" for name in described}
-        if wrong := sorted((expected - found) | (found - expected - optional)):
-            raise CheckpointError(
-                f"{folder} does not hold the tensors of its config: {wrong[0]} is missing or too many"
-            )
-        leaves = [
-            _matrix(tensors, name, described[name], leaf.shape)
-            if name in described
-            else _tensor(tensors, name, leaf.shape)
-            for name, leaf in promised.items()
-        ]
-    params = jax.tree.unflatten(jax.tree.structure(abstract_parameters(cfg.model)), leaves)
+        wanted = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(expected)}
+        if differing := sorted(wanted.keys() ^ set(tensors.names())):
+            what = "lacks" if differing[0] in wanted else "holds, without a place in the config's model,"
+            raise CheckpointError(f"{folder / SINGLE} {what} the tensor '{differing[0]}'")
+        params = jax.tree_util.tree_map_with_path(lambda path, leaf: _read(tensors, _name(path), leaf), expected)
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
-    return LanguageModel(params, cfg, tokenizer, origin=kept_origin(folder))
+    return LanguageModel(params, cfg, tokenizer, jnp.dtype(layout["dtype"]).type, kept_origin(folder))
 
 
-def _plain(array: Any) -> np.ndarray:
-    """As safetensors knows it: float8 by its bits."""
-    array = np.asarray(array)
-    return array.view(np.uint8) if array.dtype == ml_dtypes.float8_e4m3fn else array
+def _expected(cfg: Experiment, quantized: Any, where: Path) -> Any:
+    """The parameter tree of a config, as shapes and dtypes, with quantized matrices where the layout has them."""
+    left = dict(quantized) if isinstance(quantized, dict) else {"": None}
 
+    def one(path, leaf):
+        return leaf if (settings := left.pop(_name(path), None)) is None else _abstract(leaf, **settings)
 
-def _tensor(tensors: TensorFolder, name: str, shape: tuple[int, ...]) -> jax.Array:
-    if tensors.shape(name) != shape:
-        raise CheckpointError(f"tensor {name} has shape {tensors.shape(name)}, the config promises {shape}")
-    return jnp.asarray(tensors.read(name))
-
-
-def _matrix(tensors: TensorFolder, name: str, described: Any, shape: tuple[int, ...]) -> QuantizedMatrix:
     try:
-        format, axis, inputs = described["format"], described["axis"], described["inputs"]
-        activations = described["activations"]
-    except (TypeError, KeyError):
-        raise CheckpointError(f"{tensors.folder / QUANTIZATION}: the entry of {name} is damaged") from None
-    if format not in BITS or axis not in (-1, -2) or inputs != shape[axis] or activations not in (None, "int8"):
-        raise CheckpointError(
-            f"{tensors.folder / QUANTIZATION}: the entry of {name} does not fit the model: {described}"
-        )
-    stored = list(shape)
-    stored[axis] = -(-inputs * BITS[format] // 8) if BITS[format] < 8 else inputs
-    values = _tensor(tensors, f"{name}/values", tuple(stored))
-    if format == "fp8":
-        values = values.view(jnp.float8_e4m3fn)
-    groups = tensors.shape(f"{name}/scale")
-    scale = _tensor(tensors, f"{name}/scale", groups)
-    outer = [(a, b) for i, (a, b) in enumerate(zip(groups, shape)) if i != len(shape) + axis]
-    if len(groups) != len(shape) or not all(a in (1, b) for a, b in outer) or shape[axis] % groups[axis]:
-        raise CheckpointError(f"tensor {name}/scale has shape {groups}, which does not fit a matrix {shape}")
-    zero = _tensor(tensors, f"{name}/zero", groups) if f"{name}/zero" in tensors.names() else None
-    return QuantizedMatrix(values, scale, zero, format, axis, inputs, activations)
+        tree = jax.tree_util.tree_map_with_path(one, abstract_parameters(cfg.model))
+    except (TypeError, ValueError, KeyError, IndexError, ConfigError) as error:
+        raise CheckpointError(f"{where} cannot be used: {error}") from error
+    if left:
+        raise CheckpointError(f"{where} names '{next(iter(left))}', which the config's model does not have")
+    return tree
+
+
+def _abstract(leaf, *, scheme: str, group_size: int | None, symmetric: bool, activations: str, inputs: int):
+    if scheme not in GRIDS or (not symmetric and scheme not in LEVELS):
+        raise ValueError(f"scheme {scheme!r}")
+    if activations not in ("none", "int8") or inputs not in (-1, -2) or leaf.ndim < 2:
+        raise ValueError(f"activations {activations!r}, inputs {inputs!r}")
+    size = leaf.shape[inputs]
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1 or size % group_size):
+        raise ValueError(f"groups of {group_size!r} among {size} inputs")
+    shape = list(leaf.shape)
+    shape[inputs] = size // group_size if group_size else 1
+    if scheme == "ternary" and group_size is None:
+        shape[-1] = shape[-2] = 1
+    scale = jax.ShapeDtypeStruct(shape, jnp.float32)
+    make = lambda codes, scale, zero: from_codes(codes, scale, zero, scheme, group_size, activations, inputs)  # noqa: E731
+    return jax.eval_shape(make, leaf, scale, None if symmetric else scale)
+
+
+def _read(tensors: TensorFolder, name: str, leaf) -> jax.Array:
+    shape, dtype = tensors.shape(name), tensors.dtype(name)
+    packed = leaf.dtype != jnp.float32
+    if shape != leaf.shape or (dtype != leaf.dtype if packed else dtype.name not in DTYPES):
+        raise CheckpointError(f"'{name}' is {dtype.name} {shape}: the layout asks for {leaf.dtype.name} {leaf.shape}")
+    array = tensors.read(name)
+    if not jnp.issubdtype(dtype, jnp.integer) and not np.isfinite(array.astype(np.float32)).all():
+        raise CheckpointError(f"'{name}' holds numbers that are not finite: the file is damaged")
+    return jnp.asarray(array)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

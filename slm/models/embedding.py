@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from slm.config import ModelConfig
 from slm.models.layers import lookup, norm
-from slm.models.quantized import QuantizedMatrix
+from slm.models.quantized import is_quantized
 
 
 def embedding_width(cfg: ModelConfig) -> int:
@@ -41,7 +41,7 @@ def init_embedding(cfg: ModelConfig, key: jax.Array, position_key: jax.Array) ->
 def embed(cfg: ModelConfig, params: dict, tokens, positions, token_types, dtype: Any) -> jax.Array:
     """(B, T, D) of `dtype` from tokens and positions (B, T), and token types (B, T) or None for type 0 everywhere."""
     table = params["embedding"]
-    x = table[tokens].astype(dtype) if isinstance(table, QuantizedMatrix) else lookup(table.astype(dtype), tokens)
+    x = table[tokens].astype(dtype) if is_quantized(table) else lookup(table.astype(dtype), tokens)
     if cfg.embedding_scale != 1:
         x *= jnp.asarray(cfg.embedding_scale, dtype)
     if cfg.trigrams:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from slm.config import ModelConfig
-from slm.models.quantized import QuantizedMatrix, RoundedInputs, product, rounded_inputs
+from slm.models.quantized import QuantizedMatrix
+from slm.models.quantized_products import RoundedInputs, quantized_product, rounded_inputs
 
 
 def dense(
@@ -33,15 +34,14 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        # Flax compares the shapes of stored arrays, which those of a quantized matrix are not.
         kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, (QuantizedMatrix, RoundedInputs)):
+        if not isinstance(kernel, (QuantizedMatrix, RoundedInputs)):  # of whose parts flax would check the shapes
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if isinstance(kernel, RoundedInputs):
             x, kernel = rounded_inputs(x), kernel.kernel
         if isinstance(kernel, QuantizedMatrix):
-            y = _on_rows(product, x, kernel)
+            y = _on_rows(quantized_product, x, kernel)
         elif jax.default_backend() == "cpu":
             y = _on_rows(_product, x, kernel.astype(self.dtype))
         else:

@@ -1,13 +1,15 @@
-"""Matrices of few bits, for running a model, not for training it: how they are stored, read and multiplied.
+"""Matrices of a few bits a weight, with scales, for running a model, not for training it.
 
-A value is code x scale, or code x scale + zero. Scales stand for all inputs of an output, or for groups of inputs that
-follow each other. slm.compress.schemes chooses scales and codes; this file knows what they mean. A matrix is
-dequantized where it is multiplied, inside the scan over layers, so that one layer at a time is float; a product of one
-row with 8-bit weights dequantizes them in registers, so that a decode step reads a quarter of float32's bytes.
+A weight is restored as `code * scale`, or `code * scale + zero`, from a code of its scheme's grid (`GRIDS`). Scales lie
+along the inputs of a matrix: one for each output, one for each group of inputs and output, or one for the matrix.
+
+Codes of fewer than 8 bits are packed along the inputs, 2 or 4 in a byte: of n inputs (padded to a multiple), byte j
+holds inputs j, j + n/2 (or j, j + n/4, j + 2n/4, j + 3n/4), the first in its lowest bits. So unpacking joins whole
+pieces and moves no single weight.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +17,37 @@ import numpy as np
 
 from slm.errors import ConfigError
 
-BITS = {"int8": 8, "int4": 4, "int3": 4, "int2": 2, "nf4": 4, "ternary": 2, "fp8": 8}
-"""Name of a format to bits that a code takes: 3-bit integers stand in 4."""
-NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
-"""Quantiles of a normal distribution (QLoRA, Dettmers et al. 2023, appendix E)."""
-_OFFSETS = {"int4": 8, "int3": 4, "int2": 2, "ternary": 1}  # so that symmetric codes are stored without a sign
+
+class Grid(NamedTuple):
+    """The codes that a weight may have."""
+
+    bits: int
+    """That a code takes when stored."""
+    low: int
+    """Lowest integer around zero; without a sign (asymmetric), integers go from 0 to high - low or, for int8, 255."""
+    high: int
+    table: tuple[float, ...] = ()
+    """What codes stand for where they do not stand for themselves."""
+
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of the normal distribution with an exact zero (QLoRA, Dettmers et al. 2023, 2305.14314, appendix E)."""
+GRIDS = {
+    "int8": Grid(8, -127, 127),
+    "int4": Grid(4, -8, 7),
+    "int3": Grid(4, -4, 3),
+    "int2": Grid(2, -2, 1),
+    "ternary": Grid(2, -1, 1),
+    "nf4": Grid(4, 0, 15, NF4),
+    "fp8": Grid(8, -448, 448),
+}
+"""Scheme to grid. Three bits are stored in four; fp8 is float8_e4m3fn (2209.05433)."""
+LEVELS = {"int8": 255, "int4": 15, "int3": 7, "int2": 3}
+"""Highest code of the asymmetric schemes, whose codes begin at 0."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -30,195 +55,136 @@ _OFFSETS = {"int4": 8, "int3": 4, "int2": 2, "ternary": 1}  # so that symmetric 
 class QuantizedMatrix:
     """Stands wherever a kernel (..., in, out) or an embedding (V, D) stands among parameters.
 
-    In paths of parameters it looks like a dict, so that rules by name hold. What describes it counts axes from the end,
-    so that it may be stacked, sliced and scanned over.
+    In paths of parameters it looks like a dict, so that rules by name hold. `lax.scan`, `jax.vmap` and slices of the
+    leading axes by tree.map give matrices of the rest.
     """
 
     values: jax.Array
-    """Codes: int8, float8_e4m3fn, or uint8 that hold several: (..., in / codes in a byte, out) or (V, D / ...)."""
+    """Codes: int8 (int8 around zero), uint8 (int8 from zero, and packed codes), or float8_e4m3fn."""
     scale: jax.Array
-    """(..., groups, out) or (V, groups); (..., 1, 1) for a scale of the whole matrix. float32, or float16 of groups."""
+    """float16 for groups, else float32: of the matrix's shape, with as many inputs as there are groups, or 1; the
+    outputs of ternary without groups are 1 too."""
     zero: jax.Array | None
-    """Like scale: the value of code 0; None: symmetric."""
-    format: str
-    """A key of BITS."""
-    axis: int
-    """Of the inputs: -2 for a kernel, -1 for an embedding."""
-    inputs: int
-    """Their number: the last byte may hold codes of none."""
-    activations: str | None = None
-    """int8: what it is multiplied with is rounded too, each row by itself, and the product is one of integers."""
+    """What code 0 stands for, like scale; None: zero."""
+    scheme: str
+    """A name in GRIDS."""
+    group_size: int | None = None
+    """Inputs that share a scale; None: all."""
+    activations: str = "none"
+    """int8: what the matrix is multiplied with is rounded too, each token by its own largest (W8A8)."""
+    inputs: int = -2
+    """Axis of the inputs: -2 of a kernel, -1 of an embedding, which is read by rows."""
+    size: int = 0
+    """Inputs, without those that fill up the last bytes."""
 
     def tree_flatten_with_keys(self):
         children = [(jax.tree_util.DictKey(name), getattr(self, name)) for name in ("values", "scale", "zero")]
-        return children, (self.format, self.axis, self.inputs, self.activations)
+        return children, (self.scheme, self.group_size, self.activations, self.inputs, self.size)
 
     @classmethod
-    def tree_unflatten(cls, described, children):
-        return cls(*children, *described)
+    def tree_unflatten(cls, settings, children):
+        return cls(*children, *settings)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix that it stands for."""
+        """Of the matrix, not of what is stored."""
         shape = list(self.values.shape)
-        shape[self.axis] = self.inputs
+        shape[self.inputs] = self.size
         return tuple(shape)
 
     @property
-    def plain(self) -> bool:
-        """8-bit integers with one scale an output."""
-        return self.format == "int8" and self.zero is None and self.scale.shape[self.axis] == 1
+    def nbytes(self) -> int:
+        """Bytes that are stored."""
+        return sum(a.size * a.dtype.itemsize for a in (self.values, self.scale, self.zero) if a is not None)
+
+    def codes(self, dtype: Any = jnp.float32) -> jax.Array:
+        """Codes of the matrix's shape: integers, fp8's own floats, or numbers of the entries of NF4's table."""
+        grid = GRIDS[self.scheme]
+        if grid.bits == 8:
+            return self.values.astype(dtype)
+        codes = unpack(self.values, grid.bits, self.inputs, self.size)
+        signed = self.zero is None and not grid.table
+        return (codes.astype(jnp.int8) + grid.low if signed else codes).astype(dtype)
 
     def __getitem__(self, rows) -> jax.Array:
         """Rows of an embedding, float32."""
         zero = None if self.zero is None else self.zero[rows]
-        return QuantizedMatrix(self.values[rows], self.scale[rows], zero, *self.tree_flatten_with_keys()[1]).astype(
-            jnp.float32
-        )
+        # The scale of the whole table has one row.
+        scale = self.scale if self.scale.shape[0] == 1 else self.scale[rows]
+        part = QuantizedMatrix(self.values[rows], scale, zero, *self.tree_flatten_with_keys()[1])
+        return part.astype(jnp.float32)
 
     def astype(self, dtype: Any) -> jax.Array:
         """Dequantized."""
-        codes = unpack(self.values, self.format, self.axis, self.inputs, self.zero is None)
-        return restore(codes, self.scale, self.zero, self.format, self.axis).astype(dtype)
+        return restore(self.codes(), self.scale, self.zero, self.scheme, self.inputs).astype(dtype)
 
 
-@jax.tree_util.register_pytree_with_keys_class
-@dataclass(frozen=True)
-class RoundedInputs:
-    """A kernel in training whose products will be of integers: what it is multiplied with is rounded now too."""
-
-    kernel: jax.Array
-
-    def tree_flatten_with_keys(self):
-        return [(jax.tree_util.DictKey("kernel"), self.kernel)], None
-
-    @classmethod
-    def tree_unflatten(cls, _, children):
-        return cls(*children)
+def restore(codes, scale, zero, scheme: str, inputs: int = -2) -> jax.Array:
+    """Float32 weights from codes (floats) of the matrix's shape, and scales and zeros of groups of its inputs."""
+    if GRIDS[scheme].table:
+        codes = jnp.asarray(GRIDS[scheme].table, jnp.float32)[codes.astype(jnp.int32)]
+    found = codes * spread(scale.astype(jnp.float32), codes.shape[inputs], inputs)
+    return found if zero is None else found + spread(zero.astype(jnp.float32), codes.shape[inputs], inputs)
 
 
-def restore(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, format: str, axis: int) -> jax.Array:
-    """float32 values of codes (floats or integers) of a matrix."""
-    values = jnp.asarray(NF4)[codes.astype(jnp.int32)] if format == "nf4" else codes.astype(jnp.float32)
-    values = values * spread(scale, values.shape, axis)
-    return values if zero is None else values + spread(zero, values.shape, axis)
+def spread(scale, size: int, inputs: int = -2) -> jax.Array:
+    """Scales of groups as scales of `size` inputs; what has one, or all of them, stays."""
+    groups = scale.shape[inputs]
+    return scale if groups in (1, size) else jnp.repeat(scale, size // groups, inputs)
 
 
-def spread(scale: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Scales of groups, float32, as they multiply a matrix of `shape`."""
-    scale = scale.astype(jnp.float32)
-    groups = scale.shape[axis]
-    return scale if groups == 1 else jnp.repeat(scale, shape[axis] // groups, axis)
+def from_codes(codes, scale, zero, scheme: str, group_size=None, activations="none", inputs=-2) -> QuantizedMatrix:
+    """The matrix of codes (floats), with its scales stored as they are stored (float16 for groups, else float32)."""
+    grid, size, stored = GRIDS[scheme], codes.shape[inputs], jnp.float16 if group_size else jnp.float32
+    if scheme == "fp8":
+        values = codes.astype(jnp.float8_e4m3fn)
+    elif grid.bits == 8:
+        values = codes.astype(jnp.int8 if zero is None else jnp.uint8)
+    else:
+        signed = zero is None and not grid.table
+        values = pack((codes - grid.low if signed else codes).astype(jnp.uint8), grid.bits, inputs)
+    zero = None if zero is None else zero.astype(stored)
+    return QuantizedMatrix(values, scale.astype(stored), zero, scheme, group_size, activations, inputs, size)
 
 
-def pack(codes: jax.Array, format: str, axis: int, symmetric: bool) -> jax.Array:
-    """Codes as they are stored. A byte of n codes holds input i of each n-th part of the inputs, so that unpacking
-    joins whole parts and moves nothing."""
-    if format == "int8":
-        # An asymmetric code is from 0 to 255.
-        return (codes if symmetric else codes - 128).astype(jnp.int8)
-    if format == "fp8":
-        return codes.astype(jnp.float8_e4m3fn)
-    each = 8 // BITS[format]
-    codes = (codes + (_OFFSETS.get(format, 0) if symmetric else 0)).astype(jnp.uint8)
-    missing = -codes.shape[axis] % each
-    pad = [(0, 0)] * codes.ndim
-    pad[axis] = (0, missing)
-    parts = jnp.split(jnp.pad(codes, pad), each, axis)
-    return sum(part << (BITS[format] * i) for i, part in enumerate(parts)).astype(jnp.uint8)
+def pack(codes, bits: int, inputs: int) -> jax.Array:
+    """uint8 codes below 2^bits, 8 / bits of them in a byte along axis `inputs` (module docstring)."""
+    count = 8 // bits
+    widths = [(0, 0)] * codes.ndim
+    widths[inputs] = (0, -codes.shape[inputs] % count)
+    parts = jnp.split(jnp.pad(codes, widths), count, inputs)
+    return sum((part << (bits * i) for i, part in enumerate(parts[1:], 1)), parts[0])
 
 
-def unpack(values: jax.Array, format: str, axis: int, inputs: int, symmetric: bool) -> jax.Array:
-    """The codes: the inverse of `pack`."""
-    if format == "int8":
-        return values if symmetric else values.astype(jnp.int16) + 128
-    if format == "fp8":
-        return values
-    each, bits = 8 // BITS[format], BITS[format]
-    parts = [(values >> (bits * i)) & (2**bits - 1) for i in range(each)]
-    codes = jax.lax.slice_in_dim(jnp.concatenate(parts, axis).astype(jnp.int8), 0, inputs, axis=axis % values.ndim)
-    return codes - _OFFSETS.get(format, 0) if symmetric else codes
-
-
-def as_array(matrix) -> jax.Array:
-    """A matrix of parameters as floats."""
-    return matrix.astype(jnp.float32) if isinstance(matrix, QuantizedMatrix) else matrix
-
-
-def dequantized(params: Any) -> Any:
-    """Parameters with all matrices as floats."""
-    return jax.tree.map(as_array, params, is_leaf=is_quantized)
+def unpack(values, bits: int, inputs: int, size: int) -> jax.Array:
+    """The uint8 codes that were packed, `size` along axis `inputs`."""
+    parts = [(values >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
+    return jax.lax.slice_in_dim(jnp.concatenate(parts, inputs), 0, size, axis=inputs % values.ndim)
 
 
 def is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedMatrix)
 
 
+def as_array(matrix) -> jax.Array:
+    """A matrix of parameters as floats."""
+    return matrix.astype(jnp.float32) if is_quantized(matrix) else matrix
+
+
+def dequantized(params: Any) -> Any:
+    """Parameters with float32 matrices in place of quantized ones."""
+    return jax.tree.map(as_array, params, is_leaf=is_quantized)
+
+
+def stored_bytes(params: Any) -> int:
+    """Bytes that parameters take."""
+    return int(sum(np.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(params)))
+
+
 def check_float_weights(params: Any) -> None:
     """Raises ConfigError if there is a QuantizedMatrix among the parameters."""
     if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         raise ConfigError(
-            "this model's weights are quantized, which is for running it: take the model that it was made from, or "
-            "slm.dequantize it"
+            "slm.quantize makes models for running only, which slm.save and slm.save_gguf write: for this, take the "
+            "model that it comes from"
         )
-
-
-def product(x, matrix: QuantizedMatrix) -> jax.Array:
-    """x (N, in) times matrix (in, out): (N, out) of x's dtype."""
-    if matrix.activations == "int8":
-        return _integer_product(x, matrix)
-    if not matrix.plain:
-        return x @ matrix.astype(x.dtype)
-    if _in_registers(x):
-        values, x = _here(matrix.values, x)
-        product = (values.astype(jnp.float32) * x[0].astype(jnp.float32)[:, None]).sum(0)[None]
-    else:
-        product = x @ matrix.values.astype(x.dtype)
-    return (product * matrix.scale).astype(x.dtype)
-
-
-def similarity(x, table: QuantizedMatrix) -> jax.Array:
-    """x (N, D) times each row of an embedding (V, D): (N, V) of x's dtype."""
-    if not table.plain:
-        return x @ table.astype(x.dtype).T
-    # Not `product` with the transpose, which would be read against the order in which it lies: 25 times slower.
-    if _in_registers(x):
-        values, x = _here(table.values, x)
-        product = (values.astype(jnp.float32) * x[0].astype(jnp.float32)).sum(1)[None]
-    else:
-        product = x @ table.values.T.astype(x.dtype)
-    return (product * table.scale.T).astype(x.dtype)
-
-
-def rounded_rows(x) -> tuple[jax.Array, jax.Array]:
-    """(int8 codes, float32 scale (N, 1)) of rows x (N, in): each by its own largest (dynamic, per token)."""
-    x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(-1, keepdims=True) / 127
-    return jnp.round(x / jnp.where(scale == 0, 1, scale)).astype(jnp.int8), scale
-
-
-@jax.custom_vjp
-def rounded_inputs(x):
-    """x (N, in) on the grid of `rounded_rows`, with the gradient of x itself."""
-    codes, scale = rounded_rows(x)
-    return (codes.astype(jnp.float32) * scale).astype(x.dtype)
-
-
-rounded_inputs.defvjp(lambda x: (rounded_inputs(x), None), lambda _, gradient: (gradient,))
-
-
-def _integer_product(x, matrix):
-    codes, scale = rounded_rows(x)
-    sums = jax.lax.dot_general(codes, matrix.values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
-    return (sums.astype(jnp.float32) * scale * matrix.scale).astype(x.dtype)
-
-
-def _in_registers(x) -> bool:
-    """XLA:CPU has no fast product of integers and floats; as a sum of products, one row at a time, it fuses the
-    conversion."""
-    return len(x) == 1 and jax.default_backend() == "cpu"
-
-
-def _here(values, x):
-    """Keeps XLA from converting all weights once before a loop over tokens, and reading float32 in it."""
-    return jax.lax.optimization_barrier((values, x))

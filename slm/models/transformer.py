@@ -23,7 +23,8 @@ from slm.models.embedding import embed, init_embedding
 from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
 from slm.models.layers import norm
 from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
-from slm.models.quantized import QuantizedMatrix, as_array, product, similarity
+from slm.models.quantized import as_array, is_quantized
+from slm.models.quantized_products import quantized_product, quantized_similarity
 from slm.models.rope import rope_tables
 from slm.models.watch import stream, watch
 
@@ -220,9 +221,9 @@ class Transformer:
         hidden = self._transformed(params, hidden)
         own = has_kernel(self.cfg)
         matrix = params["head"]["kernel"] if own else params["embed"]["embedding"]
-        if isinstance(matrix, QuantizedMatrix):
+        if is_quantized(matrix):
             rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)
-            logits = (product if own else similarity)(rows, matrix)
+            logits = (quantized_product if own else quantized_similarity)(rows, matrix)
             return self._finished(params, logits.reshape(*hidden.shape[:-1], -1))
         kernel = self.unembedding(params).astype(hidden.dtype)
         if self.cfg.tied and hidden.ndim == 2:

@@ -45,9 +45,11 @@ class Arguments:
     """Most tokens of an answer."""
     chunk: int = 128
     """Tokens of a prompt read at once; others wait that long for their next token."""
-    quantize: str | None = None
-    """Round the weights once they are loaded: SCHEME or SCHEME:GROUP, such as int8 (a quarter of float32's memory; on a
-    CPU, with --slots 1 answers come somewhat sooner) or int4:32."""
+    quantize: Literal["int8", "int4", "int3", "int2", "nf4", "ternary", "fp8"] | None = None
+    """Round the weights to this grid once they are loaded, the embedding to 8 bits. On a CPU, with int8 and --slots 1
+    answers come somewhat sooner."""
+    group_size: int | None = None
+    """Inputs that share a scale, for --quantize; None: all of an output."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Of cached keys and values; each is about half of the one before. None: that of computation."""
     queue: int = 32
@@ -76,7 +78,7 @@ def run(arguments: Arguments) -> None:
         from slm.serve.app import Limits, make_app
     except ImportError as error:
         raise SlmError(f"the server needs {error.name}: pip install 'slm[serve]'") from error
-    from slm.compress.quantize import quantize_by_name
+    from slm.compress.quantize import quantize
     from slm.data.cache import cache_folder
     from slm.evaluation.opening import open_model
     from slm.serve.engine import Engine
@@ -84,7 +86,8 @@ def run(arguments: Arguments) -> None:
 
     with listen(arguments.host, arguments.port) as door:
         model = open_model(arguments.model, arguments.checkpoint)
-        model = model if arguments.quantize is None else quantize_by_name(model, arguments.quantize)
+        if arguments.quantize is not None:
+            model = quantize(model, arguments.quantize, group_size=arguments.group_size, embedding=True)
         enable_compilation_cache(cache_folder(model.config.data.cache) / "xla")
         engine = Engine(
             model,

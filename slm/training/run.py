@@ -52,7 +52,7 @@ class Run:
 
 
 def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel:
-    """The model of a run: its averaged weights (EMA, schedule-free) where it has them. Or one that slm.save wrote.
+    """The model of a run: its averaged weights (EMA, schedule-free) where it has them, or of a folder of slm.save.
 
     Args:
       run_dir: the folder.
@@ -65,7 +65,7 @@ def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel
     from slm.interop.starting import kept_origin
 
     run_dir = Path(run_dir)
-    if is_saved(run_dir) and not (run_dir / CHECKPOINTS).is_dir():
+    if is_saved(run_dir):
         if checkpoint != "latest":
             raise CheckpointError(f"{run_dir} is a saved model and has no checkpoint {checkpoint}: leave it out")
         return load_saved(run_dir)
