@@ -8,7 +8,8 @@ valid (`--tests`, `--calibration` for others); all but the first token of a wind
 its own, one after the other; seconds are those of pruning alone, compilation included, and want a quiet machine; the
 peak is of the whole process. `gap` is how far any matrix's share of zeros is from what was asked. --peer-python: an
 interpreter with llmcompressor, whose Wanda and SparseGPT get the same weights and tokens. REFERENCE was measured with
-separate code before slm could prune. Rows that --json already has for the same settings are not run again.
+separate code before slm could prune, on text without WikiText's spaces around punctuation: ratios compare, not values.
+Rows that --json already has for the same settings are not run again.
 """
 
 import argparse
@@ -100,13 +101,15 @@ def answer(command: list[str], environment: dict) -> dict:
     return json.loads(lines[-1])
 
 
-def write_tokens(options, folder: Path) -> None:
-    """test.npy and valid.npy: windows of tokens."""
+def write_inputs(options, folder: Path) -> None:
+    """test.npy and valid.npy, windows of tokens; and the model as the peer reads it."""
     import slm
 
-    tokenizer = slm.from_pretrained(options.gguf).tokenizer
+    model = slm.from_pretrained(options.gguf)
+    if options.peer_python:
+        slm.save_pretrained(model, folder / "model", dtype="float32")
     for part, count in (("test", options.tests), ("valid", options.calibration)):
-        ids = tokenizer.encode((options.texts / f"{part}.txt").read_text(encoding="utf-8")[: count * LENGTH * 12])
+        ids = model.tokenizer.encode((options.texts / f"{part}.txt").read_text(encoding="utf-8")[: count * LENGTH * 12])
         np.save(folder / f"{part}.npy", np.asarray(ids[: count * LENGTH], np.int32).reshape(count, LENGTH))
 
 
@@ -131,7 +134,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--texts", type=Path, help="folder with WikiText-2's test.txt and valid.txt")
-    parser.add_argument("--peer-python", help="interpreter with llmcompressor, transformers and gguf")
+    parser.add_argument("--peer-python", help="interpreter with llmcompressor")
     parser.add_argument("--tests", type=int, default=12, help="windows to measure")
     parser.add_argument("--calibration", type=int, default=8, help="windows to calibrate with")
     parser.add_argument("--only", nargs="*", help="names of rows, such as `wanda 2:4`")
@@ -151,7 +154,7 @@ def main():
     if record.get("settings") != settings:
         record = {"settings": settings, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        write_tokens(options, Path(folder))
+        write_inputs(options, Path(folder))
         for engine, row, command, environment in jobs(options, Path(folder)):
             if any(done["engine"] == engine and done["row"] == row for done in record["rows"]):
                 continue

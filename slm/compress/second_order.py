@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from slm.compress.schemes import Scheme
 from slm.compress.sparsity import keep_highest, parse_pattern
 from slm.errors import ConfigError
+from slm.models.quantized import spread
 
 BLOCK = 128
 """Inputs whose effect on all later ones is added up and applied at once: a matrix product instead of many outer ones
@@ -34,19 +36,6 @@ class Change(Protocol):
 
     def row(self, decided: Any, i, row_O):
         """The new weights (O,) of the i-th of those inputs, which by now has taken up the errors of those before."""
-
-
-class Scheme(Protocol):
-    """A grid of values. Hashable."""
-
-    group_size: int | None
-    """Inputs that share a scale; None: all."""
-
-    def fit(self, w_GxO) -> tuple[jax.Array, jax.Array]:
-        """(scale, zero), each broadcasting as (1, O), for one group of weights."""
-
-    def snap(self, w, scale, zero) -> jax.Array:
-        """The grid's value next to each weight."""
 
 
 @jax.jit
@@ -151,24 +140,18 @@ class Drop:
 
 @dataclass(frozen=True)
 class Round:
-    """Weights go to the grid; its scale is fitted to a group when that begins, or given."""
+    """Weights go to a grid, which is fitted to a group when its turn comes, or given."""
 
     scheme: Scheme
-    fitted: bool
-    """Whether scales were fitted before, and are given: (scale (I, O), zero (I, O))."""
-
-    @property
-    def size(self) -> int | None:
-        return None if self.fitted else self.scheme.group_size
+    size: int | None
+    """Inputs in a group; None: grids are given, (scale (I, O), zero (I, O) or None)."""
 
     def begin(self, rows, diagonal, given):
-        if self.fitted:
-            return given
-        return tuple(jnp.broadcast_to(a, (1, rows.shape[1])) for a in self.scheme.fit(rows))
+        return given if self.size is None else self.scheme.fit(rows)
 
     def row(self, decided, i, row):
-        scale, zero = (a[i if self.fitted else 0][None] for a in decided)
-        return self.scheme.snap(row[None], scale, zero)[0]
+        scale, zero = jax.tree.map(lambda a: a[i if self.size is None else 0][None], decided)
+        return self.scheme.fake(row[None], scale, zero)[0]
 
 
 def sparsegpt(kernel_IxO, gram_IxI, sparsity: float, pattern: str = "unstructured", damping: float = DAMPING):
@@ -187,7 +170,10 @@ def sparsegpt(kernel_IxO, gram_IxI, sparsity: float, pattern: str = "unstructure
     if kind != "n:m" and pattern != "unstructured":
         raise ConfigError(f"pattern = {pattern!r}: sparsegpt makes unstructured zeros, or N:M such as 2:4")
     change = Drop(0.0, numbers) if kind == "n:m" else Drop(float(sparsity))
-    _check_groups(kernel_IxO, change.size, "pattern")
+    if change.size is not None and len(kernel_IxO) % change.size:
+        raise ConfigError(
+            f"pattern = {pattern}: {change.size} does not divide the {len(kernel_IxO)} inputs of a matrix"
+        )
     values, _ = solve(_alive(kernel_IxO, gram_IxI), factor(gram_IxI, damping), change)
     return values
 
@@ -204,28 +190,23 @@ def gptq(kernel_IxO, gram_IxI, scheme: Scheme, damping: float = DAMPING, act_ord
         fitted before anything is rounded; otherwise a group's scale is fitted when its turn comes.
 
     Returns:
-      (I, O) float32 values on the grid; scale and zero, each (groups, 1, O).
+      (I, O) float32 values on the grid; scale and zero as scheme.fit gives them: scheme.pack(*gptq(...)) is exact.
+
+    Raises ConfigError where groups do not divide the inputs.
     """
-    size = scheme.group_size or len(kernel_IxO)
-    _check_groups(kernel_IxO, size, "group_size")
+    scheme.check("a matrix", len(kernel_IxO))
     kernel = _alive(kernel_IxO, gram_IxI).astype(jnp.float32)
-    if not act_order and scheme.group_size is not None:
-        values, (scale, zero) = solve(kernel, factor(gram_IxI, damping), Round(scheme, False))
-        return values, scale, zero
-    groups = kernel.reshape(-1, size, kernel.shape[1])
-    fitted = jax.vmap(lambda w: tuple(jnp.broadcast_to(a, (1, w.shape[1])) for a in scheme.fit(w)))(groups)
+    if scheme.group_size and not act_order:
+        values, (scale, zero) = solve(kernel, factor(gram_IxI, damping), Round(scheme, scheme.group_size))
+        return values, scale[:, 0], None if zero is None else zero[:, 0]
+    scale, zero = scheme.fit(kernel)
     order = jnp.argsort(-jnp.diagonal(gram_IxI)) if act_order else jnp.arange(len(kernel))
-    given = jax.tree.map(lambda a: a[order // size, 0], fitted)
+    given = jax.tree.map(lambda a: jnp.broadcast_to(spread(a, len(kernel)), kernel.shape)[order], (scale, zero))
     U = factor(gram_IxI[order][:, order], damping)
-    values, _ = solve(kernel[order], U, Round(scheme, True), given)
-    return values[jnp.argsort(order)], *fitted
+    values, _ = solve(kernel[order], U, Round(scheme, None), given)
+    return values[jnp.argsort(order)], scale, zero
 
 
 def _alive(kernel, gram):
     """Weights of inputs that are always zero say nothing: zero, so that they do not stretch a grid."""
     return jnp.where(jnp.diagonal(gram)[:, None] == 0, 0, kernel)
-
-
-def _check_groups(kernel, size, field):
-    if size is not None and len(kernel) % size:
-        raise ConfigError(f"{field}: groups of {size} inputs do not divide a matrix of {len(kernel)} inputs")
