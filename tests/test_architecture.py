@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "config",
             "errors",
             "models",
+            "interop.starting",
             "training.transforms",
             "training.objective",
             "training.loss",

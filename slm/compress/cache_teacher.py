@@ -52,15 +52,15 @@ def cache_teacher(
       ConfigError: another tokenizer, top_k above the vocabulary, or a head that does not predict the next token.
       DataError: the folder holds a cache of something else, or cannot be written.
     """
+    from slm.compress.start import starting_config
     from slm.compress.teacher import check_reach, check_tokens
     from slm.data.cache import disk_errors
     from slm.data.pipeline import open_data
     from slm.evaluation.opening import open_model
-    from slm.interop.starting import started_from
 
     model = teacher if isinstance(teacher, LanguageModel) else open_model(teacher)
     check_next_token(model.config.model)
-    cfg, folder = started_from(cfg), Path(folder)
+    cfg, folder = starting_config(cfg), Path(folder)
     data = open_data(cfg.data, cfg.seed)
     name = "the teacher" if isinstance(teacher, LanguageModel) else f"the teacher {str(teacher)!r}"
     check_tokens(model, data.tokenizer, name)

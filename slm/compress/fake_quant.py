@@ -26,7 +26,7 @@ def schemes_of(quantize: QuantizeConfig, params: Any) -> Schemes:
     """The grid of each parameter that is rounded. Raises ConfigError for patterns that match none, and groups that do
     not divide a matrix."""
     scheme = Scheme(quantize.scheme, quantize.group_size, quantize.symmetric, quantize.activations)
-    schemes = {name: (scheme, -2) for name in quantizable(params, quantize.skip)}
+    schemes = dict.fromkeys(quantizable(params, quantize.skip), (scheme, -2))
     if quantize.embedding:
         table = Scheme("int8", quantize.group_size)
         schemes |= {name: (table, axis) for name, axis in TABLES.items() if name in flat(params)}

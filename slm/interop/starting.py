@@ -38,7 +38,13 @@ def started_from(cfg: Experiment) -> Experiment:
         )
     folder = local_folder(path)
     hf = read_json(folder / CONFIG)
-    theirs = read_config(family_of(hf), hf, folder).model
+    return agreed(cfg, read_config(family_of(hf), hf, folder).model, folder)
+
+
+def agreed(cfg: Experiment, theirs: ModelConfig, folder: Path) -> Experiment:
+    """`cfg` with the model `theirs`, but for what says how it runs, and with the tokenizer in `folder` unless it names
+    one. Raises ConfigError for a field of cfg.model that says otherwise."""
+    path = cfg.model.init_from
     mine, unset = cfg.model, ModelConfig()
     for field in dataclasses.fields(ModelConfig):
         if field.name not in (*FREE, "mixer"):

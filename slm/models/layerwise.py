@@ -51,6 +51,19 @@ def with_layer(params: Any, place: Place, layer: Any) -> Any:
     return params | {place.group: params[place.group] | {place.number: stacked}}
 
 
+def assembled(transformer: Transformer, outer: Any, layers_: list[Any]) -> dict:
+    """The tree of a model from what stands outside of layers and the parameters of each layer, in order of depth."""
+    found: dict[str, Any] = {name: part for name, part in outer.items() if name not in transformer.groups}
+    rows = iter(layers_)
+    for group, (pattern, repeats) in transformer.groups.items():
+        stacks: list[list[Any]] = [[] for _ in pattern]
+        for _ in range(repeats):
+            for stack in stacks:
+                stack.append(next(rows))
+        found[group] = {str(i): jax.tree.map(lambda *a: jnp.stack(a), *stack) for i, stack in enumerate(stacks)}
+    return found
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def enter(transformer: Transformer, params: Any, tokens_BxT) -> jax.Array:
     """The residual stream (B, T, D) before the first layer; each row is one text from its beginning."""

@@ -21,10 +21,10 @@ def dry_run(cfg: Experiment, devices: int) -> Plan:
 
     Raises ConfigError if the mesh does not divide, or the vocabulary can only be known from the data.
     """
+    from slm.compress.start import starting_config
     from slm.compress.techniques import techniques_of
-    from slm.interop.starting import started_from
 
-    cfg = started_from(cfg)
+    cfg = starting_config(cfg)
     if cfg.distill.on:
         raise ConfigError(
             "--dry-run opens no teacher, whose memory and work would be missing from the plan: leave distill out"

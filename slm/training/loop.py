@@ -18,6 +18,7 @@ import contextlib
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,12 +69,12 @@ def train(cfg: Experiment) -> Run:
       DivergenceError: a loss was NaN or above train.max_loss; names the step. The last good checkpoint is kept.
     """
     from slm.compress.lessons import lessons
+    from slm.compress.start import starting_config
     from slm.compress.techniques import teaching_of, techniques_of
     from slm.data.cache import cache_folder
     from slm.data.pipeline import check_vocabulary, open_data
-    from slm.interop.starting import started_from
 
-    cfg = started_from(check(cfg))
+    cfg = starting_config(check(cfg))
     check_mechanisms(cfg.model)
     check_trains(cfg.model)
     apart = [name for name in layer_pattern(cfg.model) if MIXERS[name].mixer.own_loss]
@@ -109,7 +110,7 @@ def train(cfg: Experiment) -> Run:
     with contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(cfg.run_dir / CHECKPOINTS, cfg.checkpoint)
         stack.callback(checkpoints.close)
-        state, meta = begin(cfg, program, checkpoints, data.fingerprint)
+        state, meta = begin(cfg, program, checkpoints, data)
         start = int(state.step)
         plan = make_plan(cfg, program)
         show_plan(cfg, plan, data.summary(), console)
@@ -183,21 +184,21 @@ def _run(cfg: Experiment, plan: Plan, data, learns, state: TrainState, meta, che
     return last
 
 
-def begin(cfg: Experiment, program: Program, checkpoints: Checkpoints, fingerprint: str) -> tuple[TrainState, dict]:
+def begin(cfg: Experiment, program: Program, checkpoints: Checkpoints, data: Any) -> tuple[TrainState, dict]:
     """The state to start from and the `meta` of its checkpoint: the latest one, or a fresh state."""
     meta = {
         "config": as_settings(cfg),
-        "data": fingerprint,
+        "data": data.fingerprint,
         "version": _version(),
         "tokens": 0.0,
         "loss": None,
     }
     if checkpoints.latest() is None:
         if cfg.model.init_from is not None:
-            return _start_from(cfg, program), meta
+            return _start_from(cfg, program, data), meta
         return program.init(jax.random.key(cfg.seed)), meta
     stored = checkpoints.read_meta()
-    if stored["data"] != fingerprint:
+    if stored["data"] != data.fingerprint:
         raise DataError(
             f"the data of {cfg.run_dir} has changed since it was trained (data.source or the tokenizer): restore it to "
             "resume, or use --name for a new run"
@@ -206,12 +207,13 @@ def begin(cfg: Experiment, program: Program, checkpoints: Checkpoints, fingerpri
     return state, meta | {"tokens": stored["tokens"], "loss": stored["loss"]}
 
 
-def _start_from(cfg: Experiment, program: Program) -> TrainState:
-    from slm.interop.starting import keep_origin, starting_parameters
+def _start_from(cfg: Experiment, program: Program, data: Any) -> TrainState:
+    from slm.compress.start import starting_params
+    from slm.interop.starting import keep_origin
 
     abstract = dict(zip(rules.paths(program.state.params), jax.tree.leaves(program.state.params), strict=True))
-    params, origin = starting_parameters(cfg, lambda path, array: jax.device_put(array, abstract[path].sharding))
-    if jax.process_index() == 0:
+    params, origin = starting_params(cfg, lambda path, array: jax.device_put(array, abstract[path].sharding), data)
+    if origin is not None and jax.process_index() == 0:
         keep_origin(origin, cfg.run_dir)
     return program.start(params)
 

@@ -1,0 +1,268 @@
+"""Smaller dense models, cut out of larger ones: channels, groups of heads, layers (LLM-Pruner, Ma et al. 2023;
+Minitron, Muralidharan et al. 2024). What comes out is an ordinary model, equal to the one it was cut from with those
+parts at zero.
+
+What must go together: a channel of a feed-forward is a column of `up` and `gate` and a row of `down`; a group of heads
+is its columns of `query`, `key`, `value` (and of a gate), and its rows of `out`; a channel of the residual stream is
+one entry of whatever reads it, writes to it or norms it. Sizes of heads stay, for rotary positions pair their channels.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens
+from slm.compress.importance import HEADS, MLP, WIDTH, block_influence, importance
+from slm.config import ModelConfig, ShrinkConfig
+from slm.errors import ConfigError
+from slm.models import layerwise
+from slm.models.language_model import LanguageModel
+from slm.models.layers import mlp_width as width_of_mlp
+from slm.models.mixers import head_dim, layers
+from slm.models.mixers.softmax import SoftmaxMixer
+from slm.models.quantized import check_float_weights
+from slm.models.transformer import Transformer
+from slm.training.transforms import flat, nested
+
+COLUMNS = ("query", "key", "value", "gate")
+"""Matrices of a softmax mixer whose outputs belong to heads; they read the stream."""
+KNOW_THEIR_DEPTH = ("lightning", "hgrn2", "performer", "differential")
+"""Parts of names of mechanisms that compute with the number of their layer."""
+
+
+def shrink(
+    model: LanguageModel,
+    *,
+    layers: int | None = None,
+    keep_layers: tuple[int, ...] = (),
+    width: int | None = None,
+    mlp_width: int | tuple[int, ...] | None = None,
+    kv_heads: int | tuple[int, ...] | None = None,
+    criterion: str = "activation",
+    calibration: Any = None,
+    sequences: int = SEQUENCES,
+    length: int = LENGTH,
+    seed: int = 0,
+) -> LanguageModel:
+    """A smaller model: fewer layers first, then narrower ones, measured on what is left.
+
+    Args:
+      model: a decoder with float weights.
+      layers: how many to keep: those with the largest block influence.
+      keep_layers: which to keep, from 0, instead; every second one, say, for a student of half the depth (DistilBERT).
+      width: channels of the residual stream to keep.
+      mlp_width: channels of each feed-forward to keep, or of each layer's own.
+      kv_heads: groups of heads with common keys and values to keep, or of each layer's own; query heads go with them.
+      criterion: activation, taylor, weight_norm or random (slm.compress.importance).
+      calibration: text, or ids (N, T), to measure on; not needed for weight_norm and random without `layers`.
+      sequences, length, seed: how much of it, and what is drawn.
+
+    Raises ConfigError, naming the field, for what cannot be.
+    """
+    spec = ShrinkConfig(layers=layers, keep_layers=tuple(keep_layers), width=width, criterion=criterion)
+    check_float_weights(model.params)
+    measures = layers is not None or (criterion in ("activation", "taylor") and (width or mlp_width or kv_heads))
+    if measures and calibration is None:
+        raise ConfigError("shrink measures what to keep: give calibration, a text or ids (N, T)")
+    tokens = None if calibration is None else calibration_tokens(model, calibration, sequences, length, seed)
+    return _shrunk(model, spec, mlp_width, kv_heads, tokens, seed)
+
+
+def shrink_to(model: LanguageModel, spec: ShrinkConfig, tokens: np.ndarray, seed: int) -> LanguageModel:
+    """`shrink` as a config asks for it: to `shrunk_config(model.config.model, spec)`."""
+    return _shrunk(model, spec, spec.mlp_width, spec.kv_heads, tokens, seed)
+
+
+def shrunk_config(cfg: ModelConfig, spec: ShrinkConfig) -> ModelConfig:
+    """`cfg` after shrinking, from sizes alone. Raises ConfigError for what cannot be."""
+    check_shrinkable(cfg)
+    if spec.layers is not None and not spec.keep_layers and len({layer.mechanism for layer in layers(cfg)}) > 1:
+        raise ConfigError(
+            f"shrink.layers = {spec.layers}: layers of {' '.join(cfg.attention)} differ, so their pattern depends on "
+            "which go: name those that stay in shrink.keep_layers"
+        )
+    keep = spec.keep_layers or tuple(range(spec.layers or cfg.layers))
+    return narrowed(with_layers(cfg, keep, spec.layers), spec.width, spec.mlp_width, spec.kv_heads)
+
+
+def check_shrinkable(cfg: ModelConfig) -> None:
+    """Raises ConfigError for a model with parts that shrinking does not know."""
+    if cfg.shared_layers or cfg.bottleneck or not cfg.causal:
+        raise ConfigError("shrink: only decoders whose layers have parameters of their own and no bottleneck")
+
+
+def with_layers(cfg: ModelConfig, keep: tuple[int, ...], wanted: int | None = None) -> ModelConfig:
+    """`cfg` with these layers alone. Raises ConfigError."""
+    if wanted is not None and not 1 <= wanted <= cfg.layers:
+        raise ConfigError(f"shrink.layers = {wanted}: the model has {cfg.layers}")
+    if any(not 0 <= number < cfg.layers for number in keep):
+        raise ConfigError(f"shrink.keep_layers = {keep}: the model has layers 0 to {cfg.layers - 1}")
+    if len(keep) == cfg.layers:
+        return cfg
+    every = layers(cfg)
+    for number in keep:
+        if any(part in every[number].mechanism for part in KNOW_THEIR_DEPTH):
+            raise ConfigError(
+                f"shrink.layers: layers of {every[number].mechanism} compute with their number, so others cannot go; "
+                "shrink widths instead"
+            )
+    own = {
+        name: tuple(values[number] for number in keep)
+        for name in ("layer_heads", "layer_kv_heads", "layer_mlp_widths")
+        if (values := getattr(cfg, name))
+    }
+    pattern = _shortest(tuple(every[number].mechanism for number in keep))
+    first = cfg.first_norm or keep[0] != 0
+    return dataclasses.replace(cfg, layers=len(keep), attention=pattern, first_norm=first, **own)
+
+
+def narrowed(cfg: ModelConfig, width=None, mlp_width=None, kv_heads=None) -> ModelConfig:
+    """`cfg` with narrower parts. Raises ConfigError."""
+    changes: dict[str, Any] = {}
+    if mlp_width is not None:
+        now = [width_of_mlp(layer.cfg) for layer in layers(cfg)]
+        changes |= _sizes("mlp_width", "layer_mlp_widths", mlp_width, now)
+        if cfg.mlp == "none":
+            raise ConfigError(f"shrink.mlp_width = {mlp_width}: the model has no feed-forward (model.mlp = none)")
+    if kv_heads is not None:
+        _check_softmax(cfg, "kv_heads")
+        now = [layer.cfg.kv_heads or layer.cfg.heads for layer in layers(cfg)]
+        sizes = _sizes("kv_heads", "layer_kv_heads", kv_heads, now)
+        ratios = [layer.cfg.heads // n for layer, n in zip(layers(cfg), now)]
+        if sizes["layer_kv_heads"] or len(set(ratios)) > 1:
+            each = sizes["layer_kv_heads"] or (kv_heads,) * cfg.layers
+            changes |= {"layer_kv_heads": each, "layer_heads": tuple(n * r for n, r in zip(each, ratios))}
+        else:
+            changes |= sizes | {"heads": kv_heads * ratios[0], "layer_heads": ()}
+        changes["head_dim"] = head_dim(cfg)
+    if width is not None:
+        _check_softmax(cfg, "width")
+        if not 1 <= width <= cfg.width:
+            raise ConfigError(f"shrink.width = {width}: the model has {cfg.width} channels")
+        if cfg.norm not in ("rmsnorm", "zero_centered_rmsnorm") or cfg.embedding_width or cfg.mlp == "none":
+            raise ConfigError(f"shrink.width = {width}: needs RMSNorm, embeddings of full width and feed-forwards")
+        # The mean of squares is over fewer channels: with this epsilon, norms differ from the old ones by a factor.
+        changes |= {"width": width, "head_dim": head_dim(cfg), "mlp_width": cfg.mlp_width or width_of_mlp(cfg),
+                    "norm_eps": cfg.norm_eps * cfg.width / width} | changes  # fmt: skip
+    return dataclasses.replace(cfg, **changes)
+
+
+def _sizes(name: str, own: str, wanted, now: list[int]) -> dict[str, Any]:
+    """Fields for a size of all layers, or of each."""
+    each = (wanted,) * len(now) if isinstance(wanted, int) else tuple(wanted)
+    if len(each) != len(now):
+        raise ConfigError(f"shrink.{name} = {wanted}: give one number, or one for each of {len(now)} layers")
+    for number, (new, old) in enumerate(zip(each, now)):
+        if not 1 <= new <= old:
+            raise ConfigError(f"shrink.{name} = {new}: layer {number} has {old}")
+    if isinstance(wanted, int):
+        return {name: wanted, own: ()}
+    return {own: each}
+
+
+def _check_softmax(cfg: ModelConfig, field: str) -> None:
+    for layer in layers(cfg):
+        if not issubclass(layer.mixer, SoftmaxMixer):
+            raise ConfigError(f"shrink.{field}: it is not known what goes together in layers of {layer.mechanism}")
+
+
+def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
+    """The shortest pattern that repeats to this one."""
+    for size in range(1, len(pattern) + 1):
+        if all(name == pattern[i % size] for i, name in enumerate(pattern)):
+            return pattern[:size]
+    return pattern
+
+
+def _shrunk(model: LanguageModel, spec: ShrinkConfig, mlp_width, kv_heads, tokens, seed) -> LanguageModel:
+    cfg = model.config.model
+    check_shrinkable(cfg)
+    keep = spec.keep_layers
+    if spec.layers is not None and not keep:
+        with_layers(cfg, (0,), spec.layers)
+        keep = tuple(sorted(np.argsort(-block_influence(model, tokens), kind="stable")[: spec.layers].tolist()))
+    if keep:
+        chosen = with_layers(cfg, keep)
+        where = layerwise.places(model.transformer)
+        rows = [layerwise.layer_params(model.params, where[number]) for number in keep]
+        model = _with(model, chosen, layerwise.assembled(Transformer(chosen), model.params, rows))
+    smaller = narrowed(model.config.model, spec.width, mlp_width, kv_heads)
+    if smaller == model.config.model:
+        return model
+    scores = importance(model, spec.criterion, tokens, seed)
+    return _with(model, smaller, _narrow_params(model, smaller, scores))
+
+
+def _with(model: LanguageModel, cfg: ModelConfig, params: Any) -> LanguageModel:
+    return dataclasses.replace(model, params=params, config=dataclasses.replace(model.config, model=cfg))
+
+
+def _narrow_params(model: LanguageModel, smaller: ModelConfig, scores) -> dict:
+    old, D = model.config.model, smaller.width
+    stream = _highest(scores[WIDTH][0], D) if old.width > D else slice(None)
+    rows = []
+    for number, (was, now, place) in enumerate(
+        zip(layers(old), layers(smaller), layerwise.places(model.transformer), strict=True)
+    ):
+        leaves = flat(layerwise.layer_params(model.params, place))
+        groups, K = was.cfg.kv_heads or was.cfg.heads, head_dim(was.cfg)
+        kept = now.cfg.kv_heads or now.cfg.heads
+        if kept < groups:
+            by_group = np.square(scores[HEADS][number].reshape(groups, -1)).sum(1)
+            leaves = _without_groups(leaves, _highest(by_group, kept), groups, was.cfg.heads // groups, K)
+        if "mlp/down/kernel" in leaves and width_of_mlp(now.cfg) < len(leaves["mlp/down/kernel"]):
+            leaves = _without_channels(leaves, _highest(scores[MLP][number], width_of_mlp(now.cfg)))
+        rows.append(nested({name: _of_stream(name, leaf, stream, old, D) for name, leaf in leaves.items()}))
+    outer = {name: part for name, part in model.params.items() if name not in model.transformer.groups}
+    outer = nested({name: _of_stream(name, leaf, stream, old, D) for name, leaf in flat(outer).items()})
+    return layerwise.assembled(Transformer(smaller), outer, rows)
+
+
+def _highest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Numbers of the `count` highest, in rising order; of equals the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
+
+
+def _without_channels(leaves: dict[str, Any], keep: np.ndarray) -> dict[str, Any]:
+    """One layer with these channels of its feed-forward alone."""
+    found = dict(leaves)
+    for name, leaf in leaves.items():
+        if name.split("/")[:2] in (["mlp", "up"], ["mlp", "gate"]):
+            found[name] = leaf[..., keep]
+    return found | {"mlp/down/kernel": leaves["mlp/down/kernel"][keep]}
+
+
+def _without_groups(leaves: dict[str, Any], keep: np.ndarray, groups: int, heads: int, K: int) -> dict[str, Any]:
+    """One layer with these groups of heads alone, of `heads` query heads each."""
+    found = dict(leaves)
+    for name, leaf in leaves.items():
+        parts = name.split("/")
+        if parts[0] != "mixer":
+            continue
+        if parts[1] in COLUMNS:
+            found[name] = leaf.reshape(*leaf.shape[:-1], groups, -1)[..., keep, :].reshape(*leaf.shape[:-1], -1)
+        elif name == "mixer/out/kernel":
+            found[name] = leaf.reshape(groups, heads * K, -1)[keep].reshape(-1, leaf.shape[-1])
+        elif parts[1] == "sink":
+            found[name] = leaf.reshape(groups, -1)[keep].reshape(-1)
+    return found
+
+
+def _of_stream(name: str, leaf, keep, cfg: ModelConfig, D: int):
+    """A parameter with these channels of the residual stream alone."""
+    if isinstance(keep, slice):
+        return jnp.asarray(leaf)
+    parts = name.split("/")
+    if parts[-1] == "scale" and leaf.shape == (cfg.width,) and parts[-2].endswith("norm") and parts[0] != "mixer":
+        factor = (cfg.width / D) ** 0.5
+        kept = leaf[keep]
+        return (1 + kept) * factor - 1 if cfg.norm == "zero_centered_rmsnorm" else kept * factor
+    if parts[-1] == "kernel" and parts[-2] in (*COLUMNS, "up", "gate") and leaf.shape[0] == cfg.width:
+        return leaf[keep]
+    if name.split("/")[0] == "head" and parts[-1] == "kernel":
+        return leaf[keep]
+    if parts[-2] in ("out", "down") or parts[-1] in ("embedding", "position"):
+        return leaf[..., keep]
+    return jnp.asarray(leaf)

@@ -1,0 +1,112 @@
+"""Runs that begin with another run's model, made smaller or other: planned from sizes, done once, resumed bit-equal."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import curve, stop_at, tiny, use_devices
+
+import slm
+from slm.config import override
+from slm.errors import ConfigError
+from slm.models.quantized import is_quantized
+from slm.training.loop import train
+from slm.training.transforms import flat
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a finished run in it, `runs/whole`."""
+    path = tmp_path_factory.mktemp("start")
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 1)
+        train(tiny(path, {"name": "whole", "model.layers": 3, "model.kv_heads": 1, "train.steps": 12}))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    use_devices(monkeypatch, 1)
+
+
+def begun(folder, name, **changes):
+    """An experiment that begins with `whole`."""
+    whole = folder / "runs" / "whole"
+    fields = {"name": name, "train.steps": 6, "model.layers": 4, "model.width": 256, "model.heads": 4}
+    fields |= {"model.init_from": str(whole), "optim.learning_rate": 1e-3}
+    return override(tiny(folder), fields | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+def test_it_begins_where_the_other_ended(folder):
+    whole = slm.load(folder / "runs" / "whole")
+    run = train(begun(folder, "again", optim__learning_rate=0.0))
+    assert jax.tree.all(jax.tree.map(np.array_equal, run.model.params, whole.params))
+    assert run.model.config.model.layers == 3
+    slm.save(slm.quantize(whole, "int8"), folder / "small")
+    train(begun(folder, "floats", model__init_from=str(folder / "small")))
+    assert not any(
+        map(is_quantized, jax.tree.leaves(slm.load(folder / "runs" / "floats").params, is_leaf=is_quantized))
+    )
+
+
+def test_a_shrunken_model_is_an_ordinary_one_and_resumes(folder, monkeypatch):
+    how = {"shrink__mlp_width": 40, "shrink__layers": 2, "train__log_every": 1, "checkpoint__every": 2}
+    cfg = begun(folder, "shrunk", **how)
+    uninterrupted = train(override(cfg, {"name": "shrunk_whole"}))
+    stop_at(monkeypatch, 3)
+    assert not train(cfg).finished
+    stop_at(monkeypatch, None)
+    # Once begun, the other model is not needed any more, but for its sizes.
+    monkeypatch.setattr("slm.compress.start.starting_params", lambda *_: pytest.fail("shrunken twice"))
+    run = train(cfg)
+    assert curve(run.history) == curve(uninterrupted.history)
+    stored = json.loads((run.dir / "config.json").read_text())["model"]
+    assert (stored["layers"], stored["mlp_width"], stored["width"]) == (2, 40, 32)
+    m = run.model.config.model
+    assert flat(run.model.params)["blocks/0/mlp/up/kernel"].shape == (2, 32, 40)
+    assert (m.layers, m.mlp_width) == (2, 40)
+    whole = slm.load(folder / "runs" / "whole")
+    assert run.history[0]["loss"] < 0.85 * np.log(257)  # it has not begun from nothing
+    assert len(slm.generate(run.model, "1 times", max_new_tokens=4)) > 0
+    assert sum(a.size for a in jax.tree.leaves(run.model.params)) < sum(a.size for a in jax.tree.leaves(whole.params))
+
+
+def test_other_mixers(folder):
+    cfg = begun(
+        folder, "converted", convert__attention=("hedgehog", "softmax"), convert__transfer_steps=3,
+        distill__teacher=str(folder / "runs" / "whole"), distill__alpha=0.5,
+    )  # fmt: skip
+    run = train(cfg)
+    assert run.model.config.model.attention == ("hedgehog", "softmax")
+    rows = [row for row in run.history if "transfer" in row]
+    assert rows[0]["transfer"] > 0 == rows[-1]["transfer"]
+    assert {"mixer/query_map/map", "mixer/key_map/map"} <= {
+        n.split("/", 2)[2] for n in flat(run.model.params) if "_map" in n
+    }
+    window = begun(folder, "window", convert__attention=("window",), model__mixer__window=5)
+    assert train(window).model.config.model.mixer.window == 5
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+def test_pruned_once_and_kept(folder, criterion):
+    how = {"prune__sparsity": 0.5, "prune__schedule": "one_shot", "prune__criterion": criterion}
+    run = train(begun(folder, criterion, **how))
+    for name, leaf in flat(run.model.params).items():
+        if name.startswith("blocks") and name.endswith("kernel"):
+            assert (np.asarray(leaf) == 0).mean() == pytest.approx(0.5, abs=0.01), name
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model__width": 64}, r"model\.width = 64 contradicts model\.init_from"),
+    ({"shrink__mlp_width": 999}, r"shrink\.mlp_width = 999: layer 0 has 96"),
+    ({"shrink__layers": 4}, r"shrink\.layers = 4: the model has 3"),
+    ({"convert__attention": ("gal",)}, "no mechanism 'gal': did you mean gla"),
+    ({"model__init_from": None, "prune__sparsity": 0.5, "prune__schedule": "one_shot", "prune__criterion": "wanda"},
+     r"measures a trained model: set model\.init_from"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(folder, changes, message):
+    cfg = begun(folder, "refused", **changes)
+    with pytest.raises(ConfigError, match=message):
+        train(cfg)
+    assert not cfg.run_dir.exists()
