@@ -9,8 +9,8 @@ Time:      not yet run on one; small scale: benchmarks/README.md
 Expected:  not yet run on one; small scale: benchmarks/README.md
 
 Choices: groups of 32 with symmetric codes, which is llama.cpp's Q4_0, and an embedding of 8 bits; scales from the
-weights at each step, gradients straight through; the whole SmolLM2 still teaches, since its distribution is what rounding
-disturbs; a tenth of the learning rate before.
+weights at each step, gradients straight through; the whole SmolLM2 still teaches, since its distribution is what
+rounding disturbs; a tenth of the learning rate before.
 """
 
 import slm

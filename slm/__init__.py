@@ -39,6 +39,7 @@ _HOME = {
     "generate": "slm.evaluation.generate",
     "stream": "slm.evaluation.generate",
     "reply": "slm.evaluation.chat",
+    "save": "slm.interop.saved",
     "from_pretrained": "slm.interop.pretrained",
     "save_pretrained": "slm.interop.pretrained",
     "save_gguf": "slm.interop.gguf_save",

@@ -261,7 +261,7 @@ def test_a_model_in_8_bits_is_scored(shell, texts):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "was not trained here.*--source"), (["--checkpoint", "best", "--prompt", "a"], "has no checkpoint best")],
+    [([], "is no run of ours.*--source"), (["--checkpoint", "best", "--prompt", "a"], "has no checkpoint best")],
 )
 def test_what_only_a_run_has_is_refused(shell, arguments, message):
     code, _, err = shell(*arguments)

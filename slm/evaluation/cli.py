@@ -160,16 +160,15 @@ def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, An
     from slm.data.evaluation import open_evaluation, whole_corpus
     from slm.data.pipeline import open_data
     from slm.data.sources import open_source
+    from slm.interop.saved import is_saved
     from slm.training.run import data_fingerprint
 
     check_sizes(model, arguments.batch_size, arguments.sequence_length)
     data, seed, spec = model.config.data, model.config.seed, arguments.source
     if arguments.sequence_length is not None:
         data = dataclasses.replace(data, sequence_length=arguments.sequence_length, validation_length=None)
-    if spec is None and model.origin is not None:
-        raise DataError(
-            f"{arguments.run} was not trained here, so no text of it is held out: name a --source to score on"
-        )
+    if spec is None and (model.origin is not None or is_saved(Path(arguments.run))):
+        raise DataError(f"{arguments.run} is no run of ours, so no text of it is held out: name a --source to score on")
     if spec is None:
         trained = open_data(model.config.data, seed, model.tokenizer)
         if trained.validation is None:

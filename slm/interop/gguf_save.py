@@ -1,7 +1,9 @@
 """Writing GGUF: slm.save_gguf. A model is written if and only if the file's metadata read back as the same model."""
 
 import dataclasses
+import functools
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ from slm.errors import CheckpointError, ConfigError
 from slm.interop.families import FAMILIES
 from slm.interop.fields import fraction, rotated_share
 from slm.interop.gguf_archs import ARCHS, Arch
+from slm.interop.gguf_blocks import block_kind, blocks_of
 from slm.interop.gguf_fields import Fields, rope_tensors
 from slm.interop.gguf_file import gguf_names, package
 from slm.interop.gguf_tokenizer import write_tokenizer
-from slm.interop.parameters import Bound, bind, tensors_of
+from slm.interop.parameters import Bound, bind, flat_parameters, tensor_of
 from slm.interop.pretrained import describe
 from slm.interop.sameness import differences
 from slm.models.language_model import LanguageModel
@@ -31,14 +34,16 @@ def save_gguf(model: LanguageModel, path: str | Path, quantization: str = "F16")
     Args:
       model: one that an architecture in ARCHS can hold (slm.interop.gguf_archs).
       path: of the file.
-      quantization: of the matrices: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1, Q4_0; the embedding gets at least Q8_0,
+      quantization: of matrices that are floats (those of slm.quantize are kept, code by code): F32, F16, BF16, Q8_0,
+        Q5_1, Q5_0, Q4_1, Q4_0; the embedding gets at least Q8_0,
         norms stay F32.
 
     Returns:
       The path.
 
     Raises:
-      ConfigError: the architecture, a setting, the tokenizer or the quantization has no form in GGUF.
+      ConfigError: the architecture, a setting, the tokenizer or the quantization has no form in GGUF; for a
+        quantized model it says what would have one.
       CheckpointError: the file cannot be written.
     """
     gguf = package()
@@ -51,21 +56,27 @@ def save_gguf(model: LanguageModel, path: str | Path, quantization: str = "F16")
     family, hf = describe(model)
     longest = cfg.max_length or hf.get("max_position_embeddings", model.config.data.sequence_length)
     name, values, bound, names = _described(family.model_type, cfg, int(longest))
-    arch = ARCHS[name]
+    arch, flat = ARCHS[name], flat_parameters(model.params)
+    kept = {one.theirs: block_kind(flat, one) for one in bound}
     writer = gguf.GGUFWriter(path, name)
     writer.add_name(model.config.name)
     for key, value in values.items():
         _add(writer, f"{name}.{key}", value)
     writer.add_vocab_size(cfg.vocab_size)
-    writer.add_file_type(FILE_TYPES[quantization])
-    if quantization.startswith("Q"):
+    mostly = statistics.mode(matrices) if (matrices := [kind for kind in kept.values() if kind]) else quantization
+    writer.add_file_type(FILE_TYPES[mostly])
+    if mostly.startswith("Q"):
         writer.add_quantization_version(2)
     _write_tokens(writer, model, hf)
-    for theirs, tensor in tensors_of(model.params, bound, np.float32):
-        tensor = arch.change(theirs, tensor, cfg, False)
-        kind = _kind_of(names[theirs], tensor, quantization)
-        data = tensor if kind == "F32" else gguf.quants.quantize(tensor, gguf.GGMLQuantizationType[kind])
-        writer.add_tensor(names[theirs], np.ascontiguousarray(data), raw_dtype=gguf.GGMLQuantizationType[kind])
+    for one in bound:
+        change = functools.partial(_changed, arch, one.theirs, cfg)
+        if kind := kept[one.theirs]:
+            data = blocks_of(flat, one, kind, change)
+        else:
+            tensor = change(tensor_of(flat, one, np.float32))
+            kind = _kind_of(names[one.theirs], tensor, quantization)
+            data = tensor if kind == "F32" else gguf.quants.quantize(tensor, gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(names[one.theirs], np.ascontiguousarray(data), raw_dtype=gguf.GGMLQuantizationType[kind])
     for key, tensor in rope_tensors(cfg, arch.divided).items():
         writer.add_tensor(key, tensor)
     try:
@@ -136,6 +147,10 @@ def _kind_of(name: str, tensor: np.ndarray, quantization: str) -> str:
     if blocks and tensor.shape[-1] % 32:
         return "F16"  # rows that blocks of 32 do not fill
     return "Q8_0" if blocks and name.startswith(("token_embd", "output.")) else quantization
+
+
+def _changed(arch: Arch, theirs: str, cfg: ModelConfig, tensor: np.ndarray) -> np.ndarray:
+    return arch.change(theirs, tensor, cfg, False)
 
 
 def _add(writer, key: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from slm.interop.families.family import Names
 from slm.interop.layout import Link
 from slm.models.counts import abstract_parameters
 from slm.models.mixers import Layer
-from slm.models.quantized import check_float_weights
+from slm.models.quantized import check_float_weights, is_quantized
 from slm.models.transformer import GROUPS, Transformer
 
 
@@ -160,16 +160,29 @@ def _blame(sources, tensors: Tensors) -> None:
 def tensors_of(params: Any, bound: list[Bound], dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """(their name, tensor) of a model, one at a time. The layers of a stacked parameter are fetched one by one.
 
-    Raises ConfigError for 8-bit weights.
+    Raises ConfigError for quantized weights.
     """
     check_float_weights(params)
-    flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(params)
-    }
+    flat = flat_parameters(params)
     for one in bound:
-        parts = (flat[spot.path] if spot.at is None else flat[spot.path][spot.at] for spot in one.places)
-        parts = tuple(np.asarray(jnp.asarray(part).astype(dtype)) for part in parts)
-        yield one.theirs, one.link.join(parts)
+        yield one.theirs, tensor_of(flat, one, dtype)
+
+
+def flat_parameters(params: Any) -> dict[str, Any]:
+    """Parameters by name; quantized matrices are whole."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_quantized)
+    }
+
+
+def tensor_of(flat: dict[str, Any], one: Bound, dtype: Any, view: Callable[[Any], Any] = lambda part: part):
+    """The tensor of a link, of `dtype`; `view` gives the array to take of each of its parameters (of one layer)."""
+    parts = (
+        flat[spot.path] if spot.at is None else jax.tree.map(lambda a, at=spot.at: a[at], flat[spot.path])
+        for spot in one.places
+    )
+    return one.link.join(tuple(np.asarray(jnp.asarray(view(part)).astype(dtype)) for part in parts))
 
 
 def _tree(flat: dict[str, Any]) -> dict:

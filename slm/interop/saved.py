@@ -2,8 +2,8 @@
 
 config.json          the experiment, as in a run
 tokenizer.json       if the model has one
-model.safetensors    every leaf of the parameter tree by its name; of quantized matrices NAME/values, NAME/scale and,
-                     asymmetric, NAME/zero, packed as slm.models.quantized says
+model.safetensors    every leaf of the parameter tree by its name; of quantized matrices NAME/values (fp8 as bytes),
+                     NAME/scale and, asymmetric, NAME/zero, packed as slm.models.quantized says
 layout.json          {"version": 1, "dtype": of computation, "quantized": {NAME: {"scheme", "group_size",
                      "symmetric", "activations", "inputs"}}}
 origin/              what came with a model from another house: its config, chat template, generation settings
@@ -53,7 +53,7 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
                 "scheme": leaf.scheme, "group_size": leaf.group_size, "symmetric": leaf.zero is None,
                 "activations": leaf.activations, "inputs": leaf.inputs,
             }  # fmt: skip
-    tensors = {_name(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(model.params)}
+    tensors = {_name(path): _stored(np.asarray(leaf)) for path, leaf in jax.tree.leaves_with_path(model.params)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SINGLE).unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
         if model.origin is not None:
             keep_origin(model.origin, folder)
         # Last, so that a folder with weights is a whole one.
-        save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, folder / SINGLE)
+        save_file(tensors, folder / SINGLE)
     except OSError as error:
         raise CheckpointError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder
@@ -130,13 +130,19 @@ def _abstract(leaf, *, scheme: str, group_size: int | None, symmetric: bool, act
     return jax.eval_shape(make, leaf, scale, None if symmetric else scale)
 
 
+def _stored(array: np.ndarray) -> np.ndarray:
+    """As safetensors takes it, which has no float8 for numpy."""
+    return np.ascontiguousarray(array.view(np.uint8) if array.dtype == jnp.float8_e4m3fn else array)
+
+
 def _read(tensors: TensorFolder, name: str, leaf) -> jax.Array:
-    shape, dtype = tensors.shape(name), tensors.dtype(name)
-    packed = leaf.dtype != jnp.float32
-    if shape != leaf.shape or (dtype != leaf.dtype if packed else dtype.name not in DTYPES):
-        raise CheckpointError(f"'{name}' is {dtype.name} {shape}: the layout asks for {leaf.dtype.name} {leaf.shape}")
+    shape, dtype, wanted = tensors.shape(name), tensors.dtype(name), leaf.dtype
+    stored = np.dtype(np.uint8) if wanted == jnp.float8_e4m3fn else wanted
+    if shape != leaf.shape or (dtype.name not in DTYPES if wanted == jnp.float32 else dtype != stored):
+        raise CheckpointError(f"'{name}' is {dtype.name} {shape}: the layout asks for {stored.name} {leaf.shape}")
     array = tensors.read(name)
-    if not jnp.issubdtype(dtype, jnp.integer) and not np.isfinite(array.astype(np.float32)).all():
+    array = array.view(wanted) if stored != wanted else array
+    if not jnp.issubdtype(array.dtype, jnp.integer) and not np.isfinite(array.astype(np.float32)).all():
         raise CheckpointError(f"'{name}' holds numbers that are not finite: the file is damaged")
     return jnp.asarray(array)
 

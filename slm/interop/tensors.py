@@ -18,7 +18,7 @@ from slm.errors import CheckpointError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64,
-    "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_, "I8": np.int8, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_, "I8": np.int8,
 }  # fmt: skip
 LARGEST_JSON = 64 * 2**20
 

@@ -52,11 +52,11 @@ class Run:
 
 
 def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel:
-    """The model of a run: its averaged weights (EMA, schedule-free) where it has them, or of a folder of slm.save.
+    """The model of a run, its averaged weights (EMA, schedule-free) where it has them, or of a folder of slm.save.
 
     Args:
       run_dir: the folder.
-      checkpoint: "latest", "best" (of lowest validation loss among those kept), or a step's number.
+      checkpoint: of a run: "latest", "best" (of lowest validation loss among those kept), or a step's number.
 
     Raises CheckpointError if there is no such run, no such checkpoint in it, or a damaged one.
     """
