@@ -21,7 +21,7 @@ from slm.training.transforms import flat, replaced
 
 V, T = 96, 32
 CFG = ModelConfig(vocab_size=V, layers=2, width=48, heads=2, mlp_width=112)
-TEXT = "".join(path.read_text() for path in sorted((Path(slm.__file__).parent / "models").glob("*.py")))
+TEXT = (Path(__file__).parent.parent / "LICENSE").read_text()  # English that nobody edits
 
 
 class Letters:
@@ -98,9 +98,7 @@ def test_what_looks_at_inputs_loses_less(model):
     assert 0 < lost["sparsegpt"] < lost["wanda"] < 0.8 * lost["magnitude"]
     assert lost["magnitude"] < lost["random"]
     less = loss(slm.prune(model, 0.5, criterion="wanda", calibration=CALIBRATION)) - dense
-    wide = loss(slm.prune(model, pattern="4:8", criterion="wanda", calibration=CALIBRATION)) - dense
-    narrow = loss(slm.prune(model, pattern="2:4", criterion="wanda", calibration=CALIBRATION)) - dense
-    assert 0 < less < min(wide, narrow)
+    assert 0 < less < lost["wanda"]
 
 
 def test_inputs_out_of_order_are_worse_than_none(model, monkeypatch):
