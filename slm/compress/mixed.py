@@ -1,4 +1,4 @@
-"""Bits for each matrix by how much it matters, under a budget of size (sensitivity: HAWQ, Dong et al. 2019, 1905.03696).
+"""Bits for each matrix by how much it matters, under a budget of size (cf. HAWQ, Dong et al. 2019, 1905.03696).
 
 Sensitivity is measured, not estimated: the KL divergence of the model's next token from that of the model with this
 matrix, or this layer, alone on a coarser grid. Effects are taken to add up. From the coarsest grid everywhere, whatever
