@@ -281,6 +281,10 @@ def test_factors_of_shared_values_are_one_for_all_heads(model):
         ({"skip": ("nothing",)}, "quantize.skip = 'nothing' matches no matrix"),
         ({"method": "smoothquant", "calibration": TOKENS, "migration": 2.0}, "migration = 2.0"),
         ({"scheme": "int5"}, "scheme = 'int5'"),
+        ({"scheme": None}, "give a scheme, or bits"),
+        ({"budget_bits": 3.0}, "give a scheme, or bits"),
+        ({"scheme": None, "budget_bits": 3.0}, "budget_bits needs calibration"),
+        ({"scheme": None, "budget_bits": 1.0, "calibration": TOKENS}, "int2 already takes 2"),
     ],
 )
 def test_what_cannot_be_is_refused(model, settings, message):

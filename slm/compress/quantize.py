@@ -27,7 +27,7 @@ NEED_TEXT = ("awq", "smoothquant", "gptq")
 
 def quantize(
     model: LanguageModel,
-    scheme: str,
+    scheme: str | None = None,
     *,
     method: str = "rtn",
     group_size: int | None = None,
@@ -42,13 +42,16 @@ def quantize(
     damping: float = 0.01,
     act_order: bool = False,
     migration: float = 0.5,
+    budget_bits: float | None = None,
+    budget_by: str = "matrix",
     progress: Callable[[int, int], None] = lambda done, layers: None,
 ) -> LanguageModel:
     """The model with the matrices of its layers in fewer bits. It runs, is saved by slm.save, and cannot be trained.
 
     Args:
       model: one that predicts the next token, with float weights.
-      scheme: int8, int4, int3 (stored in 4 bits), int2, nf4, ternary or fp8: see slm.compress.schemes.
+      scheme: int8, int4, int3 (stored in 4 bits), int2, nf4, ternary or fp8: see slm.compress.schemes. None: what
+        budget_bits allows.
       method: `rtn`, rounding to nearest; `gptq`, column by column, later ones making up for earlier ones; `hqq`, zero
         points for small errors, without data; or, before one of these (`rotate+gptq`; alone: before rtn), a change of
         the model into an equal one: `awq`, larger scales for channels of large inputs; `smoothquant`, smaller inputs
@@ -62,6 +65,10 @@ def quantize(
       calibration: text, or ids (N, T), for awq, smoothquant and gptq.
       sequences, length, seed: how much of it.
       damping, act_order: of gptq (slm.compress.gptq). migration: of smoothquant, alpha in its paper.
+      budget_bits: most bits a weight in layers, scales included, instead of a scheme: each matrix gets int2, int4 or
+        int8 by what it is measured to lose (slm.compress.mixed). Needs calibration.
+      budget_by: `matrix`: all layers of a stack have the same; `layer`: each layer by itself, which takes the stack
+        apart, so that the model takes longer to compile.
       progress: called with (layers done, layers), for each sweep over the layers.
 
     Raises ConfigError, naming the field, for what cannot be, and DataError for too short a text.
@@ -70,20 +77,32 @@ def quantize(
     check_float_weights(model.params)
     before, last = parse_method(method)
     symmetric = (last != "hqq") if symmetric is None else symmetric
-    one = Scheme(scheme, group_size, symmetric, activations)
+    if (scheme is None) == (budget_bits is None) or budget_by not in ("matrix", "layer"):
+        raise ConfigError(
+            f"quantize.scheme = {scheme}, budget_bits = {budget_bits}, budget_by = {budget_by}: give a scheme, or bits "
+            "and by what, matrix or layer, they are dealt out"
+        )
+    one = Scheme(scheme or "int2", group_size, symmetric, activations)
     if embedding is None:
         if one.bits < 8 and model.config.model.tied:
             raise ConfigError(
-                f"quantize.embedding: {scheme} with an embedding that is the head too: say True, for 8 bits, or False"
+                f"quantize.embedding: {scheme or 'few bits'} with an embedding that is the head too: say True, for 8 "
+                "bits, or False"
             )
         embedding = one.bits == 8
     schemes = dict.fromkeys(quantizable(model.params, skip), one)
     check_sizes(model.params, schemes)
     tokens = None
-    if needing := [part for part in (*before, last) if part in NEED_TEXT]:
+    needing = [f"method = {part}" for part in (*before, last) if part in NEED_TEXT]
+    if needing := needing + ["budget_bits"] * (budget_bits is not None):
         if calibration is None:
-            raise ConfigError(f"quantize.method = {needing[0]} needs calibration: give a text, or ids (N, T)")
+            raise ConfigError(f"quantize.{needing[0]} needs calibration: give a text, or ids (N, T)")
         tokens = calibration_tokens(model, calibration, sequences, length, seed)
+    if budget_bits is not None:
+        from slm.compress import mixed
+
+        model = mixed.unrolled(model) if budget_by == "layer" else model
+        schemes = mixed.choose(model, quantizable(model.params, skip), one, budget_bits, budget_by, tokens)
     for part in before:
         model = _prepared(part, model, one, schemes, tokens, migration, seed, progress)
     quantized = _finished(last, model, schemes, tokens, damping, act_order, progress)
