@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slm.compress.distill import distill_objective
 
+from slm.compress.distill import distill_objective
 from slm.compress.techniques import transforms_of
 from slm.config import (
     DataConfig,
