@@ -1,42 +1,27 @@
 """Mixers replaced in a trained model: what fits is taken over, and little training brings back what was lost."""
 
-import functools
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_learner import BASE, STEPS, built, held_out, teacher, text_batches
 
 import slm
 from slm.compress.convert import convert, converted_config, transfer_objective
 from slm.config import (
     ConvertConfig,
-    DataConfig,
     Experiment,
-    MeshConfig,
     ModelConfig,
-    OptimConfig,
-    TrainConfig,
     override,
 )
 from slm.errors import ConfigError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
 from slm.models.transformer import Transformer
-from slm.training import step
-from slm.training.mesh import make_mesh
 from slm.training.objective import plain_objective
 from slm.training.step import Techniques
 from slm.training.transforms import flat
 
-B, T, V, STEPS = 16, 64, 128, 500
-BASE = Experiment(
-    model=ModelConfig(vocab_size=V, layers=2, width=48, heads=4, kv_heads=2),
-    data=DataConfig(sequence_length=T, packing="stream"),
-    optim=OptimConfig(learning_rate=4e-3, warmup_steps=20),
-    train=TrainConfig(steps=STEPS, batch_size=B),
-)
 SMALL = ModelConfig(vocab_size=50, layers=5, width=32, heads=4, kv_heads=2)
 
 
@@ -80,44 +65,6 @@ def test_keys_that_heads_share_are_repeated_for_each():
     assert shared.shape == (7, 2 * 8)
     np.testing.assert_allclose(own.reshape(7, 4, 8), np.repeat(shared.reshape(7, 2, 8), 2, 1), rtol=1e-5)
     np.testing.assert_array_equal(before["mixer/query/kernel"], after["mixer/query/kernel"])
-
-
-def text_batches(rows, seed):
-    text = "".join(path.read_text() for path in sorted((Path(slm.__file__).parent / "models").glob("*.py")))
-    ids = np.array([c for c in text.encode() if c < V], np.int32)
-    cut = len(ids) * 9 // 10
-    part = ids[:cut] if rows == "train" else ids[cut:]
-    rng = np.random.default_rng(seed)
-    while True:
-        at = rng.integers(0, len(part) - T - 1, B)[:, None] + np.arange(T + 1)
-        windows = part[at]
-        ones = np.ones((B, T), np.int32)
-        yield {
-            "tokens": windows[:, :-1], "targets": windows[:, 1:], "weights": ones.astype(np.float32),
-            "segment_ids": ones, "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-        }  # fmt: skip
-
-
-def built(cfg, techniques=None):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "compiler_options", lambda platform: {})
-        return step.build(cfg, make_mesh(MeshConfig(), jax.devices()[:1]), techniques)
-
-
-def held_out(program, params):
-    batches = text_batches("held out", 7)
-    return np.mean([np.asarray(program.evaluate(params, next(batches))["nats"]).mean() for _ in range(8)])
-
-
-@functools.cache
-def teacher():
-    """(model, its loss on held-out text)."""
-    program = built(BASE)
-    state, batches = program.init(jax.random.key(1)), text_batches("train", 0)
-    for _ in range(STEPS):
-        state, _ = program.train(state, next(batches))
-    params = jax.tree.map(np.array, state.params)
-    return LanguageModel(params, BASE, None), held_out(program, params)
 
 
 def test_a_twentieth_of_the_training_brings_back_most_of_what_was_lost():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convert import BASE, built, held_out, text_batches
+from tiny_learner import BASE, built, held_out, text_batches
 
 from slm.compress.fake_quant import _learned_steps, quantize_transform
 from slm.compress.quantize import quantize

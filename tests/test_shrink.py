@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convert import BASE as TRAINED
-from test_convert import built, held_out, teacher, text_batches
+from tiny_learner import BASE as TRAINED
+from tiny_learner import built, held_out, teacher, text_batches
 
 import slm
 from slm.compress.importance import block_influence
