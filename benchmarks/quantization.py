@@ -9,7 +9,8 @@ parameters in memory; with --speed, tokens a second of a prompt of 256 and of gr
 float model, best of 3. Prints a table and writes benchmarks/results/quantization.json.
 
 Its Q4_1 weights already lie on a grid of 4 bits in groups of 32 with a float zero: the row `int4 g32 asymmetric` checks
-that quantizing them again changes nothing at all, and the other rows of 4 bits are harder than on a float model.
+that quantizing them again changes nothing at all, and that the GGUF file written from it has the same bytes. The other
+rows of 4 bits are harder than on a float model.
 """
 
 import argparse
@@ -108,6 +109,17 @@ def unchanged(model, small) -> float:
     return max(float(jnp.abs(a - b).max()) for a, b in pairs)
 
 
+def identical(path: Path, small) -> float:
+    """Share of the file's Q4_1 tensors whose bytes are those of the quantized model written as GGUF."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as folder:
+        again = slm.save_gguf(small, Path(folder) / "model.gguf")
+        written = {tensor.name: tensor for tensor in gguf.GGUFReader(again).tensors}
+        theirs = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.tensor_type.name == "Q4_1"]
+        return float(np.mean([np.array_equal(one.data, written[one.name].data) for one in theirs]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -134,6 +146,8 @@ def main():
         row = quality(small, reference, ids) | sizes(small) | {"seconds_to_quantize": seconds}
         if name == "int4 g32 asymmetric":
             row["largest_change"] = unchanged(model, small)
+            if options.model.suffix == ".gguf":
+                row["gguf_tensors_identical"] = identical(options.model, small)
         if options.speed:
             row |= dict(zip(("float_speed", "speed"), best_speeds(model, small, ids)))
         table[name] = row
@@ -150,10 +164,9 @@ def sizes(model) -> dict:
 
 
 def show(name: str, row: dict) -> None:
-    extra = "".join(
-        f" {key} {row[key]:.3g}" for key in ("seconds_to_quantize", "largest_change", "speed") if key in row
-        if not isinstance(row[key], dict)
-    )  # fmt: skip
+    also = ("seconds_to_quantize", "largest_change", "gguf_tensors_identical")
+    extra = "".join(f" {key} {row[key]:.3g}" for key in also if key in row)
+    extra += "".join(f" {key} {value:.3g}" for key, value in row.get("speed", {}).items())
     print(
         f"{name:26} ppl {row['perplexity']:10.3f}  KL {row['kl']:8.5f}  same {row['agreement']:.3f}  "
         f"{row['disk_bytes'] / 1e6:7.1f} MB disk {row['memory_bytes'] / 1e6:7.1f} MB{extra}",

@@ -153,7 +153,7 @@ def test_it_writes_what_its_forward_pass_says(count):
 
 def test_it_is_for_running_alone(tmp_path):
     model = slm.quantize(made(), "int8")
-    for save in (slm.save_pretrained, slm.save_gguf, slm.save_stablehlo, slm.save_onnx):
+    for save in (slm.save_pretrained, slm.save_stablehlo, slm.save_onnx):
         with pytest.raises(ConfigError, match="for running only"):
             save(model, tmp_path / "folder")
     with pytest.raises(ConfigError, match="for running only"):
