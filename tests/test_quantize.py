@@ -10,11 +10,12 @@ from tiny_gguf import made
 
 import slm
 from slm.compress.folding import feeds, fold
-from slm.compress.gptq import gptq, inverse_factor
+from slm.compress.gptq import gptq
 from slm.compress.hqq import best_zeros
 from slm.compress.rotate import orthogonal, rotate
 from slm.compress.scaling import awq, powered, scaled_loss, smoothquant
 from slm.compress.schemes import Scheme
+from slm.compress.second_order import factor
 from slm.config import ModelConfig
 from slm.data.tokenizers import build_tokenizer
 from slm.errors import ConfigError
@@ -113,7 +114,7 @@ def test_gptq_does_what_its_equations_say(scheme, act_order):
 def test_the_factor_is_that_of_the_inverse():
     _, h = problem()
     h[5] = h[:, 5] = 0  # an input that is always zero
-    u = np.asarray(inverse_factor(jnp.asarray(h, jnp.float32), 0.01), np.float64)
+    u = np.asarray(factor(jnp.asarray(h, jnp.float32), 0.01), np.float64)
     damped = h + 0.01 * np.diag(h).mean() * np.eye(len(h))
     damped[5, 5] += 1
     np.testing.assert_allclose(np.tril(u, -1), 0)

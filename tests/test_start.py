@@ -110,3 +110,28 @@ def test_what_cannot_be_is_refused_before_anything_is_written(folder, changes, m
     with pytest.raises(ConfigError, match=message):
         train(cfg)
     assert not cfg.run_dir.exists()
+
+
+def test_the_chain_to_a_phone(folder):
+    """Shrink, distil, train in 4 bits, write GGUF: each link begins where the one before ended, and what comes out is a
+    sixth of what went in."""
+    whole = folder / "runs" / "whole"
+    taught = {"distill__teacher": str(whole), "distill__alpha": 0.9}
+    train(begun(folder, "link1", shrink__mlp_width=64, shrink__layers=2, **taught))
+    first = str(folder / "runs" / "link1")
+    how = {"quantize__scheme": "int4", "quantize__group_size": 32, "quantize__embedding": True}
+    run = train(begun(folder, "link2", model__init_from=first, **how, **taught))
+    assert all("divergence" in row for row in run.history)
+    model = slm.load(run.dir)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    before = sum(leaf.nbytes for leaf in jax.tree.leaves(slm.load(whole).params))
+    assert held < before / 5
+    # What was scored in training is what is shipped.
+    scores = slm.evaluate(model, str(folder / "text.txt"))
+    assert scores["loss"] < 0.9 * np.log(257)
+    slm.save_gguf(model, folder / "phone.gguf")
+    again = slm.from_pretrained(folder / "phone.gguf")
+    tokens = np.arange(24)[None] * 5 % 257
+    want, found = (np.asarray(slm.logits(m, tokens)) for m in (model, again))
+    np.testing.assert_allclose(found[..., :257], want[..., :257], atol=2e-4 * np.abs(want).max())
+    assert (folder / "phone.gguf").stat().st_size < before / 3  # the tokenizer is the larger part
