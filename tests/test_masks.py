@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slm.compress.masks import mask_transform, sparsity_at
-from slm.compress.sparsity import keep_masks
+from slm.compress.sparsity import keep_highest, keep_masks
 from slm.compression import PruneConfig, prune_end
 from slm.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig, check, override
 from slm.errors import ConfigError
@@ -249,3 +249,18 @@ def test_what_does_not_fit_the_model_is_refused(changes, message):
 
 def test_the_end_is_three_quarters_of_the_run():
     assert prune_end(override(BASE, {"prune.end_step": None})) == 30
+
+
+@pytest.mark.parametrize("shape", [(3, 1000), (2, 3, 257), (9,), (5, 4), (8,)])
+def test_the_lowest_go_and_of_equals_the_first(shape):
+    """Against a stable sort of NumPy: negative scores, zeros of both signs, infinities, many equals."""
+    rng = np.random.default_rng(0)
+    plain = rng.normal(size=shape).astype(np.float32)
+    signs = np.where(rng.random(shape) < 0.5, -0.0, 0.0).astype(np.float32)
+    far = np.where(rng.random(shape) < 0.2, np.inf, -plain).astype(np.float32)
+    for scores in (plain, np.round(plain), signs, far):
+        for sparsity in (0.0, 0.1, 0.5, 0.77, 1.0):
+            order = np.argsort(scores, -1, kind="stable")
+            want = np.ones(shape, bool)
+            np.put_along_axis(want, order[..., : round(sparsity * shape[-1])], False, -1)
+            np.testing.assert_array_equal(jax.jit(keep_highest)(scores, sparsity), want)
