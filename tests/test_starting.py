@@ -58,13 +58,25 @@ def test_it_trains(folder, tmp_path, monkeypatch):
     assert run.model.config.data.tokenizer == str(folder / "tokenizer.json")
 
 
+def test_it_starts_from_a_gguf_file(folder, tmp_path, monkeypatch):
+    use_devices(monkeypatch, 1)
+    published = slm.from_pretrained(folder)
+    file = slm.save_gguf(published, tmp_path / "model.gguf", "F32")
+    changes = FROM | {"model.init_from": str(file), "optim.learning_rate": 0.0, "train.steps": 2}
+    run = slm.train(tiny(tmp_path, changes))
+    jax.tree.map(np.testing.assert_array_equal, run.model.params, published.params)
+    for text in ("3 times 3 is 9.", "a"):
+        assert list(run.model.tokenizer.encode(text)) == list(published.tokenizer.encode(text))
+    assert slm.save_gguf(run.model, tmp_path / "again.gguf", "F32").stat().st_size == file.stat().st_size
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model.width": 64}, "model.width = 64 contradicts model.init_from: .* has 32; leave it out"),
         ({"model.mixer.window": 8}, "model.mixer.window = 8 contradicts"),
         ({"model.init_from": "nowhere/"}, "no folder"),
-        ({"model.init_from": "model.gguf"}, "make one of the GGUF file"),
+        ({"model.init_from": "model.gguf"}, "no file model.gguf"),
     ],
 )
 def test_contradictions_are_refused_before_anything_is_written(changes, message, folder, tmp_path):

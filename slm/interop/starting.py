@@ -12,6 +12,7 @@ import numpy as np
 from slm.config import DataConfig, Experiment, MixerConfig, ModelConfig
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.families import FAMILIES, family_of
+from slm.interop.gguf_file import open_gguf
 from slm.interop.pretrained import CONFIG, from_pretrained, local_folder, read_config
 from slm.interop.tensors import read_json
 from slm.models.language_model import Origin
@@ -19,6 +20,7 @@ from slm.models.language_model import Origin
 FREE = ("scan", "remat", "init_std", "init_from")
 FREE_OF_MIXERS = ("implementation", "chunk")
 """Fields of the experiment that hold beside a model that is loaded: how it runs, not what it is."""
+TOKENIZER = "tokenizer.json"
 ORIGIN = "origin"
 """Folder of a run that keeps what the model brought along."""
 
@@ -30,15 +32,24 @@ def started_from(cfg: Experiment) -> Experiment:
     """
     if cfg.model.init_from is None:
         return cfg
-    path = cfg.model.init_from
-    if Path(path).suffix == ".gguf":
-        raise ConfigError(
-            f"model.init_from = {path!r}: training starts from Hugging Face folders; make one of the GGUF file with "
-            "slm.save_pretrained(slm.from_pretrained(FILE), FOLDER)"
-        )
-    folder = local_folder(path)
+    path = Path(cfg.model.init_from).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"no file {path}")
+        hf, _, tokenizer, origin = open_gguf(path)
+        return agreed(cfg, read_config(FAMILIES[origin.family], hf, path).model, _with_tokenizer(tokenizer, cfg))
+    folder = local_folder(cfg.model.init_from)
     hf = read_json(folder / CONFIG)
     return agreed(cfg, read_config(family_of(hf), hf, folder).model, folder)
+
+
+def _with_tokenizer(tokenizer: dict, cfg: Experiment) -> Path:
+    """A folder in the cache with the tokenizer.json of a GGUF file: data.tokenizer names a file of its own."""
+    from slm.data.cache import build_once, cache_folder, digest
+
+    text = json.dumps(tokenizer)
+    folder = cache_folder(cfg.data.cache) / f"tokenizer-{digest(text)}"
+    return build_once(folder, lambda where: (where / TOKENIZER).write_text(text, encoding="utf-8"))
 
 
 def agreed(cfg: Experiment, theirs: ModelConfig, folder: Path) -> Experiment:
@@ -57,9 +68,9 @@ def agreed(cfg: Experiment, theirs: ModelConfig, folder: Path) -> Experiment:
     mixer = dataclasses.replace(theirs.mixer, **{name: getattr(mine.mixer, name) for name in FREE_OF_MIXERS})
     data = cfg.data
     if data.tokenizer == DataConfig().tokenizer:
-        if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"model.init_from = {path!r} has no tokenizer.json: name one in data.tokenizer")
-        data = dataclasses.replace(data, tokenizer=str(folder / "tokenizer.json"))
+        if not (folder / TOKENIZER).is_file():
+            raise ConfigError(f"model.init_from = {path!r} has no {TOKENIZER}: name one in data.tokenizer")
+        data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER))
     return dataclasses.replace(cfg, model=dataclasses.replace(theirs, mixer=mixer, **kept), data=data)
 
 
