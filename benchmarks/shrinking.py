@@ -37,7 +37,7 @@ REFERENCE = {
     "mlp 0.5 activation": 165, "mlp 0.5 weight_norm": 3.3e5, "layers -3 influence": 52.5, "layers -3 random": 86.4,
     "layers -3 last": 4337, "layers -7 influence": 94.0, "layers -7 random": 41_560, "layers -7 last": 7.6e7,
 }  # fmt: skip
-RECOVERED = ("mlp 0.75 activation", "mlp 0.5 activation", "layers -7 influence")
+RECOVERED = ("mlp 0.5 activation", "layers -7 influence")
 TIMED = ("mlp 0.75 activation", "mlp 0.5 activation", "layers -7 influence", "width 0.75 activation", "2:4 masks")
 
 

@@ -2,11 +2,11 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from slm.config import Experiment, check, load_config
+from slm.config import HOW_IT_RUNS, DataConfig, Experiment, ModelConfig, check, load_config
 from slm.errors import ConfigError, exit_code
 
 
@@ -56,6 +56,8 @@ def parse(arguments: Sequence[str]) -> Command:
     if config_file is None and not {"-h", "--help"} & set(arguments):
         raise ConfigError(f"which config? python train.py CONFIG [--section.field VALUE ...]; {_configs()}")
     default = Experiment() if config_file is None else load_config(config_file)
+    if any(argument.replace("_", "-").startswith("--model.init-from") for argument in arguments):
+        default = _without_model(default)
     # Every field takes a value, also the boolean ones: one rule to remember, and the same text works in a sweep.
     fields = Annotated[Experiment, tyro.conf.FlagConversionOff, tyro.conf.arg(name="")]
 
@@ -71,6 +73,13 @@ def parse(arguments: Sequence[str]) -> Command:
         args=arguments,
     )
     return Command(check(parsed.experiment), parsed.dry_run, parsed.devices)
+
+
+def _without_model(cfg: Experiment) -> Experiment:
+    """`cfg` for a model that the command line names: the config's own sizes and tokenizer give way to that model's."""
+    kept = {name: getattr(cfg.model, name) for name in HOW_IT_RUNS}
+    data = replace(cfg.data, tokenizer=DataConfig().tokenizer)
+    return replace(cfg, model=ModelConfig(**kept), data=data)
 
 
 def _configs() -> str:

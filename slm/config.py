@@ -13,6 +13,7 @@ from typing import Any, Literal
 from slm.compression import ConvertConfig, DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig, check_compression
 from slm.errors import ConfigError
 from slm.experiment import (
+    HOW_IT_RUNS,
     CheckpointConfig,
     DataConfig,
     Experiment,
@@ -26,6 +27,7 @@ from slm.experiment import (
 )
 
 __all__ = [
+    "HOW_IT_RUNS",
     "CheckpointConfig",
     "ConvertConfig",
     "DataConfig",

@@ -223,12 +223,17 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of initial weights; projections into the residual stream get it divided by sqrt(2 layers)."""
     init_from: str | None = None
-    """Start training from the weights of a published model: a Hugging Face folder or a Hub name. The model's fields
-    come from there, and data.tokenizer too unless it is set."""
+    """Start training from the weights of another model: a run, a folder of slm.save, a Hugging Face folder or Hub name,
+    a .gguf file. The model's fields come from there, and data.tokenizer too unless it is set; given on the command
+    line, it takes the place of all of a config's own model."""
     scan: bool = True
     """Compile one block and scan over the depth; False unrolls (slower to compile, sometimes faster to run)."""
     remat: Literal["none", "dots", "full"] = "dots"
     """Recompute in the backward pass: nothing, all but matrix products and attention, or everything in a block."""
+
+
+HOW_IT_RUNS = ("scan", "remat", "init_std", "init_from")
+"""Fields of model that hold beside a model that is loaded: how it runs, not what it is."""
 
 
 @dataclass(frozen=True)

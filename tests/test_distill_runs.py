@@ -1,10 +1,12 @@
 """Whole runs with a teacher: online, cached, on the student's own text; resumed bit-equal; refused in time."""
 
+import jax
 import numpy as np
 import pytest
 from test_resume import assert_same_state
 from tiny_run import curve, stop_at, tiny, use_devices
 
+import slm
 from slm.compress.cache_teacher import cache_teacher
 from slm.config import override
 from slm.errors import ConfigError
@@ -92,6 +94,10 @@ def test_what_does_not_fit_leaves_no_run_folder(home, monkeypatch, changes, mess
     assert not cfg.run_dir.exists()
 
 
-def test_a_dry_run_does_not_pretend_to_know_the_teacher(home):
-    with pytest.raises(ConfigError, match="--dry-run opens no teacher"):
-        dry_run(student(home, "dry"), 1)
+def test_a_dry_run_counts_the_teacher(home):
+    with_teacher = dry_run(student(home, "dry"), 1)
+    alone = dry_run(student(home, "dry", distill__teacher=None), 1)
+    theirs = sum(leaf.nbytes for leaf in jax.tree.leaves(slm.load(student(home, "dry").distill.teacher).params))
+    assert with_teacher.memory.arguments - alone.memory.arguments == pytest.approx(theirs, rel=0.02)
+    with pytest.raises(ConfigError, match=r"distill\.cached belongs to some"):
+        dry_run(student(home, "dry", distill__teacher=None, distill__cached="somewhere"), 1)

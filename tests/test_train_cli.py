@@ -12,7 +12,7 @@ import pytest
 from tiny_run import tiny, use_devices
 
 from slm.cli import parse, train_command
-from slm.config import Experiment, field_paths, to_json
+from slm.config import DataConfig, Experiment, ModelConfig, field_paths, to_json
 from slm.errors import ConfigError
 from slm.training.metrics import read_rows
 from slm.training.run import latest_step
@@ -69,6 +69,18 @@ def test_a_python_config(tmp_path):
     )  # fmt: skip
 
 
+def test_a_model_on_the_command_line_takes_the_place_of_the_configs(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from slm.config import *\nconfig = Experiment(model=ModelConfig(width=64, remat='full'),"
+        "data=DataConfig(tokenizer='chars', sequence_length=32))\n"
+    )
+    cfg = parse([str(file), "--model.init-from", "runs/other"]).experiment
+    assert (cfg.model.width, cfg.model.remat, cfg.model.init_from) == (ModelConfig().width, "full", "runs/other")
+    assert (cfg.data.tokenizer, cfg.data.sequence_length) == (DataConfig().tokenizer, 32)
+    assert parse([str(file), "--model.init-from=m", "--model.width", "8"]).experiment.model.width == 8
+
+
 def test_help_explains_every_field(capsys):
     with pytest.raises(SystemExit) as stop:
         parse(["--help"])
@@ -109,6 +121,11 @@ def test_unknown_and_ill_typed_fields_are_refused_with_the_nearest_name(config, 
         (["{config}", "--dry-run", "--data.tokenizer", "chars"], "set model.vocab_size"),
         (["{config}", "--dry-run", "--mesh.fsdp", "3", "--devices", "4"], "the 4 devices"),
         (["{config}", "--dry-run", "--devices", "0"], "--devices 0"),
+        (["{config}", "--model.init-from", "nowhere"], "model.init_from = 'nowhere': no folder nowhere"),
+        (
+            ["{config}", "--distill.teacher", "nowhere", "--train.batch-size", "8"],
+            "distill.teacher = 'nowhere': nowhere is not a run",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(config, capsys, arguments, expected):

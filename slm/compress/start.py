@@ -39,7 +39,10 @@ def starting_config(cfg: Experiment) -> Experiment:
     if cfg.convert.on:
         # Switches are those of the new layers.
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, mixer=MixerConfig()))
-    cfg = _from_run(cfg) if _is_ours(cfg.model.init_from) else started_from(cfg)
+    try:
+        cfg = _from_run(cfg) if _is_ours(cfg.model.init_from) else started_from(cfg)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.init_from = {cfg.model.init_from!r}: {error}") from error
     model = shrunk_config(cfg.model, cfg.shrink) if cfg.shrink.on else cfg.model
     if cfg.convert.on:
         chosen = {field.name: getattr(mixer, field.name) for field in dataclasses.fields(MixerConfig)}
@@ -101,5 +104,5 @@ def _stored(path: str) -> Experiment:
 def _from_run(cfg: Experiment) -> Experiment:
     folder = Path(cfg.model.init_from).expanduser()
     if not (folder / TOKENIZER).is_file():
-        raise CheckpointError(f"model.init_from = {str(folder)!r} has no {TOKENIZER}: copy it back")
+        raise CheckpointError(f"{str(folder)!r} has no {TOKENIZER}: copy it back")
     return agreed(cfg, _stored(cfg.model.init_from).model, folder)

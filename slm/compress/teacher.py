@@ -3,12 +3,15 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
+
 from slm.compress.convert import transfer_objective
 from slm.compress.distill import CACHED, distill_objective
 from slm.compress.quantize import dequantize
 from slm.compress.teacher_cache import CachedTeacher, open_cached
-from slm.config import Experiment
-from slm.errors import ConfigError
+from slm.config import Experiment, ModelConfig
+from slm.errors import CheckpointError, ConfigError
+from slm.models.counts import abstract_parameters
 from slm.models.language_model import LanguageModel
 from slm.models.transformer import Transformer, any_backend
 from slm.training import precision
@@ -56,14 +59,33 @@ def teaching(cfg: Experiment, transformer: Transformer, data: Any) -> Teaching:
         return Teaching(objective, None, shapes, cached)
     from slm.evaluation.opening import open_model
 
-    model = dequantize(open_model(cfg.distill.teacher))
+    try:
+        model = dequantize(open_model(cfg.distill.teacher))
+    except (CheckpointError, ConfigError) as error:
+        raise type(error)(f"distill.teacher = {cfg.distill.teacher!r}: {error}") from error
     check_teacher(model, cfg, data.tokenizer)
-    shape = dataclasses.replace(any_backend(model.config.model), remat="none")
+    params = precision.cast(model.params, transformer.dtype)
+    return Teaching(_objective(cfg, transformer, model.config.model, ids), params, {}, None)
+
+
+def planned_teaching(cfg: Experiment, transformer: Transformer) -> Teaching:
+    """`teaching` from shapes alone, for a plan: of parameters it has jax.ShapeDtypeStruct. Raises ConfigError."""
+    from slm.compress.start import starting_config
+
+    if cfg.distill.cached is not None:
+        raise ConfigError("--dry-run reads no data, and distill.cached belongs to some: leave it out")
+    alone = Experiment(model=ModelConfig(init_from=cfg.distill.teacher))
+    model = dataclasses.replace(starting_config(alone).model, init_from=None)
+    model = dataclasses.replace(model, vocab_size=model.vocab_size or cfg.model.vocab_size)
+    params = jax.eval_shape(lambda params: precision.cast(params, transformer.dtype), abstract_parameters(model))
+    return Teaching(_objective(cfg, transformer, model, cfg.model.vocab_size), params, {}, None)
+
+
+def _objective(cfg: Experiment, transformer: Transformer, theirs: ModelConfig, ids: int) -> Objective:
+    shape = dataclasses.replace(any_backend(theirs), remat="none")
     teacher = Transformer(shape, transformer.dtype, transformer.constrain)
     objective = distill_objective(cfg, transformer, teacher, ids)
-    if cfg.convert.transfer_steps:
-        objective = transfer_objective(cfg, transformer, teacher, objective)
-    return Teaching(objective, precision.cast(model.params, transformer.dtype), {}, None)
+    return transfer_objective(cfg, transformer, teacher, objective) if cfg.convert.transfer_steps else objective
 
 
 def check_teacher(model: LanguageModel, cfg: Experiment, tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from slm.compress.fake_quant import packed_params, quantize_transform
 from slm.compress.masks import mask_transform
-from slm.compress.teacher import Teaching, teaching
+from slm.compress.teacher import Teaching, planned_teaching, teaching
 from slm.config import Experiment
 from slm.models.counts import abstract_parameters
 from slm.training import transforms
@@ -21,7 +21,7 @@ def techniques_of(cfg: Experiment, teaching: Teaching | None = None) -> Techniqu
     does not fit the model."""
     if teaching is None:
         return Techniques(transforms_of(cfg))
-    abstract = None if teaching.params is None else jax.eval_shape(lambda: teaching.params)
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), teaching.params)
     return Techniques(transforms_of(cfg), teaching.objective, abstract, teaching.extra_batch)
 
 
@@ -29,6 +29,11 @@ def teaching_of(cfg: Experiment, mesh: Mesh, data: Any) -> Teaching | None:
     """The teacher of a run, opened; None without one. `data`: slm.data.pipeline.Data. Raises ConfigError, DataError,
     CheckpointError."""
     return teaching(cfg, make_transformer(cfg, mesh), data) if cfg.distill.on else None
+
+
+def planned_teaching_of(cfg: Experiment, mesh: Mesh) -> Teaching | None:
+    """`teaching_of` without a parameter or data: enough to plan a run. Raises ConfigError."""
+    return planned_teaching(cfg, make_transformer(cfg, mesh)) if cfg.distill.on else None
 
 
 def transforms_of(cfg: Experiment) -> Transforms:

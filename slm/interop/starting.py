@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slm.config import DataConfig, Experiment, MixerConfig, ModelConfig
+from slm.config import HOW_IT_RUNS, DataConfig, Experiment, MixerConfig, ModelConfig
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.families import FAMILIES, family_of
 from slm.interop.gguf_file import open_gguf
@@ -17,9 +17,8 @@ from slm.interop.pretrained import CONFIG, from_pretrained, local_folder, read_c
 from slm.interop.tensors import read_json
 from slm.models.language_model import Origin
 
-FREE = ("scan", "remat", "init_std", "init_from")
 FREE_OF_MIXERS = ("implementation", "chunk")
-"""Fields of the experiment that hold beside a model that is loaded: how it runs, not what it is."""
+"""Fields of model.mixer that say how it runs, as HOW_IT_RUNS does of model."""
 TOKENIZER = "tokenizer.json"
 ORIGIN = "origin"
 """Folder of a run that keeps what the model brought along."""
@@ -58,13 +57,13 @@ def agreed(cfg: Experiment, theirs: ModelConfig, folder: Path) -> Experiment:
     path = cfg.model.init_from
     mine, unset = cfg.model, ModelConfig()
     for field in dataclasses.fields(ModelConfig):
-        if field.name not in (*FREE, "mixer"):
+        if field.name not in (*HOW_IT_RUNS, "mixer"):
             _agree(f"model.{field.name}", *(getattr(m, field.name) for m in (mine, unset, theirs)), path)
     for field in dataclasses.fields(MixerConfig):
         if field.name not in FREE_OF_MIXERS:
             values = (getattr(m.mixer, field.name) for m in (mine, unset, theirs))
             _agree(f"model.mixer.{field.name}", *values, path)
-    kept = {name: getattr(mine, name) for name in FREE}
+    kept = {name: getattr(mine, name) for name in HOW_IT_RUNS}
     mixer = dataclasses.replace(theirs.mixer, **{name: getattr(mine.mixer, name) for name in FREE_OF_MIXERS})
     data = cfg.data
     if data.tokenizer == DataConfig().tokenizer:

@@ -185,6 +185,6 @@ def check_float_weights(params: Any) -> None:
     """Raises ConfigError if there is a QuantizedMatrix among the parameters."""
     if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         raise ConfigError(
-            "slm.quantize makes models for running only, which slm.save and slm.save_gguf write: for this, take the "
-            "model that it comes from"
+            "the model's weights are quantized already, for running only (slm.save and slm.save_gguf write them): take "
+            "the model that it comes from, or slm.dequantize(model)"
         )

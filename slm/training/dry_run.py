@@ -19,23 +19,21 @@ def dry_run(cfg: Experiment, devices: int) -> Plan:
     All from shapes: a model that would not fit this machine is fine. The memory is what XLA lays out for CPUs;
     accelerators fuse more, so take it as an upper estimate.
 
+    A teacher is among the arguments.
+
     Raises ConfigError if the mesh does not divide, or the vocabulary can only be known from the data.
     """
     from slm.compress.start import starting_config
-    from slm.compress.techniques import techniques_of
+    from slm.compress.techniques import planned_teaching_of, techniques_of
 
     cfg = starting_config(cfg)
-    if cfg.distill.on:
-        raise ConfigError(
-            "--dry-run opens no teacher, whose memory and work would be missing from the plan: leave distill out"
-        )
     cfg = filled_in(cfg, cfg.model.vocab_size or _vocabulary(cfg))
     if devices < 1:
         raise ConfigError(f"--devices {devices}: must be at least 1")
     _pretend(devices)
     mesh = meshes.make_mesh(cfg.mesh, jax.devices()[:devices])
     meshes.check_mesh(mesh, cfg.model, cfg.train)
-    plan = make_plan(cfg, build(cfg, mesh, techniques_of(cfg)))
+    plan = make_plan(cfg, build(cfg, mesh, techniques_of(cfg, planned_teaching_of(cfg, mesh))))
     show_plan(cfg, plan, [], make_console(True))
     return plan
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import fields
 from typing import Any, Self
 
 from jax.sharding import PartitionSpec
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from slm.config import Experiment
+from slm.config import Experiment, ShrinkConfig
 from slm.models.counts import cache_bytes
 from slm.models.mixers import MIXERS, configured, layer_pattern
 from slm.training.plan import Plan
@@ -128,6 +129,8 @@ def _facts(cfg: Experiment, plan: Plan) -> Table:
     tokens = cfg.train.batch_size * cfg.data.sequence_length
     facts.add_row("batch", f"{tokens:,} tokens in {cfg.train.accumulation} micro-batches, {cfg.train.precision}")
     facts.add_row("attention", ", ".join(_backends(cfg, plan)))
+    for name, fact in _techniques(cfg):
+        facts.add_row(name, fact)
     facts.add_row("compute", f"{si(plan.flops_per_token)}FLOP a token, {si(plan.flops_per_token * tokens)}FLOP a step")
     length = cfg.data.sequence_length
     cache = cache_bytes(cfg.model, 1, length, plan.program.transformer.dtype)
@@ -138,6 +141,26 @@ def _facts(cfg: Experiment, plan: Plan) -> Table:
         facts.add_row("memory", f"{si(m.total)}B a device: {parts}")
     facts.add_row("compiled", f"in {plan.compile_seconds:.1f} s")
     return facts
+
+
+def _techniques(cfg: Experiment) -> list[tuple[str, str]]:
+    """What a run does besides plain training."""
+    found = []
+    if cfg.model.init_from is not None:
+        sizes = {field.name: getattr(cfg.shrink, field.name) for field in fields(ShrinkConfig)[:5]}
+        cut = [f"{name} {size}" for name, size in sizes.items() if size] if cfg.shrink.on else []
+        mixers = ["mixers " + " ".join(cfg.convert.attention)] if cfg.convert.on else []
+        found.append(("begins", ", ".join(["as " + cfg.model.init_from, *cut, *mixers])))
+    if cfg.distill.on:
+        teacher = cfg.distill.teacher or cfg.distill.cached
+        found.append(("taught", f"by {teacher}: {cfg.distill.loss}, alpha {cfg.distill.alpha}"))
+    if cfg.prune.on:
+        amount = f"{cfg.prune.sparsity:.0%}" if cfg.prune.pattern == "unstructured" else cfg.prune.pattern
+        found.append(("pruned", f"{amount} by {cfg.prune.criterion}, {cfg.prune.schedule}"))
+    if cfg.quantize.on:
+        groups = f", groups of {cfg.quantize.group_size}" if cfg.quantize.group_size else ""
+        found.append(("rounded", f"{cfg.quantize.scheme}{groups}, {cfg.quantize.method}"))
+    return found
 
 
 def _backends(cfg: Experiment, plan: Plan) -> list[str]:
