@@ -141,7 +141,6 @@ def _minimise(theta, x, y, weights, delta, steps: int = 200):
 
     def objective(theta):
         r = np.abs(_residual(theta, x, y))
-        # Exponents below 0 or absurdly steep mean that a term is not seen in the data.
         return (weights * np.where(r < delta, r * r / 2, delta * (r - delta / 2))).sum(1)
 
     value, damping = objective(theta), np.full(len(theta), 1e-2)
@@ -163,10 +162,9 @@ def _minimise(theta, x, y, weights, delta, steps: int = 200):
         trial = theta + np.clip(step, -2, 2)
         new = objective(trial)
         better = new < value
-        done = np.abs(step).max() < 1e-10 or (better & (new < value * (1 - 1e-12))).sum() == 0 and damping.min() > 1e8
         theta, value = np.where(better[:, None], trial, theta), np.where(better, new, value)
         damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-12, 1e12)
-        if done:
+        if np.abs(step).max() < 1e-10:
             break
     return theta, value
 

@@ -5,6 +5,7 @@ d.mean, (d.low, d.high), d.p, d.detectable()
 verdict(d)                     # better, worse, tie
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,11 +45,12 @@ class Difference:
         """Of the t interval."""
         return (self.high - self.low) / 2
 
-    def detectable(self, power: float = 0.8) -> float:
-        """The true difference that a study like this one finds with probability `power` at its level."""
+    def detectable(self, power: float = 0.8, comparisons: int = 1) -> float:
+        """The true difference that a study like this one finds with probability `power` at its level, divided by the
+        number of comparisons."""
         if math.isnan(self.df):
             return math.nan
-        return detectable_effect(self.df, self.level, power) * self.standard_error
+        return detectable_effect(self.df, self.level / comparisons, power) * self.standard_error
 
     def __str__(self) -> str:
         return (
@@ -197,6 +199,7 @@ def verdict(difference: Difference, *, p: float | None = None, lower_is_better: 
     return "better" if (difference.mean < 0) == lower_is_better else "worse"
 
 
+@functools.lru_cache(256)
 def detectable_effect(df: float, level: float = 0.05, power: float = 0.8) -> float:
     """The true mean, in standard errors, that a two-sided t test finds with probability `power`: 3.76 for 4 degrees of
     freedom at 5 % and 80 %. Exact, by the noncentral t distribution (Cohen 1988, 2.5; not t_a + t_b)."""
