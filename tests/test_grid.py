@@ -8,7 +8,7 @@ import pytest
 
 from slm.config import Experiment, ModelConfig, override
 from slm.errors import ConfigError
-from slm.study.grid import Arm, Grid, arms, chain, configs, grid, paired, when
+from slm.study.grids import Arm, Grid, arms, chain, configs, grid, paired, when
 
 TWO = {"model.attention": ["softmax", "gla"], "optim.name": ["adamw", "muon"]}
 

@@ -8,8 +8,8 @@ import importlib
 
 _HOME = {
     "ablate": "study", "Study": "study",
-    "grid": "grid", "paired": "grid", "arms": "grid", "chain": "grid", "when": "grid", "Arm": "grid", "Grid": "grid",
-    "configs": "grid", "matched": "matched", "match": "matched",
+    "grid": "grids", "paired": "grids", "arms": "grids", "chain": "grids", "when": "grids", "Arm": "grids", "Grid": "grids",
+    "configs": "grids", "matched": "matching", "match": "matching",
     "make_table": "table", "Table": "table",
     "minimum_detectable": "statistics", "seeds_needed": "statistics", "holm": "statistics", "welch": "statistics",
 }  # fmt: skip

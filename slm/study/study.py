@@ -18,8 +18,8 @@ from slm.errors import ConfigError
 from slm.models.language_model import LanguageModel
 from slm.study import drawing
 from slm.study.cells import Cell, make_cells
-from slm.study.grid import Grid, configs
-from slm.study.matched import Match, matched
+from slm.study.grids import Grid, configs
+from slm.study.matching import Match, matched
 from slm.study.running import Stopped, run_cells
 from slm.study.table import HIGHER_IS_BETTER, Table, make_table
 
