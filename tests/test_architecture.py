@@ -198,7 +198,7 @@ def test_attention_does_not_know_flax():
 
 def test_a_study_is_described_and_judged_without_jax():
     """Its arms and its statistics; what counts or trains models is imported when it is asked to."""
-    names = ("grid", "matched", "statistics", "learning_rate", "scaling", "table")
+    names = ("grids", "matching", "statistics", "learning_rate", "scaling", "table")
     loaded = loaded_by("import " + ", ".join(f"slm.study.{name}" for name in names))
     assert "numpy" in loaded
     assert not loaded & (HEAVY | {"jax", "flax", "optax", "scipy"})

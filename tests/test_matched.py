@@ -9,8 +9,8 @@ from slm.config import Experiment, check, override
 from slm.errors import ConfigError
 from slm.models.counts import flops_per_token, parameter_counts
 from slm.models.transformer import Transformer
-from slm.study.grid import arms, configs, grid
-from slm.study.matched import match, matched
+from slm.study.grids import arms, configs, grid
+from slm.study.matching import match, matched
 
 BASE = override(
     Experiment(name="base"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slm.errors import ConfigError
-from slm.study.statistics import holm, mean_of, paired, welch
+from slm.study.statistics import holm, mean_of, paired_difference, welch
 from slm.study.table import make_table
 from slm.study.table_text import number, p_value
 
@@ -39,7 +39,7 @@ def test_cells_hold_the_paired_statistics():
     assert table.arms == tuple(ARMS)
     assert table.metrics == ("bits_per_byte", "tokens_per_s", "params", "state_bytes")
     assert table.base == "softmax"
-    differences = [paired(values("softmax"), values(arm)) for arm in ARMS[1:]]
+    differences = [paired_difference(values("softmax"), values(arm)) for arm in ARMS[1:]]
     for arm, difference, p in zip(ARMS[1:], differences, holm([d.p for d in differences])):
         cell = table.cells[arm, "bits_per_byte"]
         assert cell.difference == difference
@@ -59,7 +59,7 @@ def test_cells_hold_the_paired_statistics():
 
 def test_a_tie_says_what_would_have_been_missed():
     table = make_table({arm: {"bits_per_byte": RESULTS[arm]["bits_per_byte"]} for arm in ("softmax", "window")})
-    detectable = paired(values("softmax"), values("window")).detectable()
+    detectable = paired_difference(values("softmax"), values("window")).detectable()
     assert any(f"true differences up to {detectable:.2g} would be missed" in note for note in table.notes)
 
 
@@ -73,7 +73,7 @@ def test_runs_that_failed_are_left_out_and_said_so():
         "f": {"loss": {2: 1.0}},
     }
     table = make_table(results)
-    assert table.cells["b", "loss"].difference == paired([1.0, 1.2], [1.5, 1.9])  # by seed, not by place
+    assert table.cells["b", "loss"].difference == paired_difference([1.0, 1.2], [1.5, 1.9])  # by seed, not by place
     assert table.cells["b", "loss"].n == 2
     assert table.cells["c", "loss"].difference == welch([1.0, 1.1, 1.2, 1.3], [1.0, 1.4])
     for arm in "de":
@@ -96,7 +96,7 @@ def test_scores_by_text_count_texts_as_drawn():
     bytes_ = rng.integers(50, 90, 30)
     results = {name: {"bits": dict(enumerate(one))} for name, one in zip("ab", scores)}
     table = make_table(results, weights=bytes_)
-    assert table.cells["b", "bits"].difference == paired(*scores, bytes_)
+    assert table.cells["b", "bits"].difference == paired_difference(*scores, bytes_)
     results["b"]["bits"][0] = scores[1, 0, :29]
     with pytest.raises(ConfigError, match=r"arm 'b', bits: seeds have scores of different texts"):
         make_table(results)
@@ -120,9 +120,8 @@ def test_text_fits_a_terminal(columns):
     # A long name is broken, never cut.
     start = next(i for i, line in enumerate(lines) if line.startswith("gla muon"))
     assert LONG in " ".join(re.split(r"\s{2,}", line)[0] for line in lines[start : start + 6])
-    assert "- ± is half the 95% t interval over 5 seeds; differences are to softmax, paired by seed;" in "\n".join(
-        lines
-    )
+    notes = " ".join(" ".join(lines).split())
+    assert "- ± is half the 95% t interval over 5 seeds; differences are to softmax, paired by seed;" in notes
 
 
 def test_markdown_and_latex_have_all_cells():

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from slm.config import Experiment, check, longest_sequence, override
 from slm.errors import ConfigError
-from slm.study.grid import Grid, configs
+from slm.study.grids import Grid, configs
 
 SOLVABLE = ("model.width", "model.layers", "model.mlp_width")
 _LARGEST = 2**20
