@@ -170,3 +170,15 @@ def test_configs_are_the_base_with_the_changes():
     assert list(made) == list(grid(TWO).names)
     for arm in grid(TWO):
         assert made[arm.name] == override(base, dict(arm.changes))
+
+
+def test_the_room_offers_its_names():
+    """In any order of imports: no module is called like a function."""
+    from slm import study
+
+    for name in study.__all__:
+        assert getattr(study, name).__name__ == name
+        assert callable(getattr(study, name))
+    assert set(study.__all__) <= set(dir(study))
+    with pytest.raises(AttributeError, match="no attribute 'gird'"):
+        study.gird  # noqa: B018

@@ -11,7 +11,7 @@ from slm.study.statistics import (
     holm,
     mean_of,
     minimum_detectable,
-    paired,
+    paired_difference,
     seeds_needed,
     verdict,
     welch,
@@ -57,7 +57,7 @@ def test_distributions_equal_scipys():
 
 
 def test_paired_and_welch_equal_scipys():
-    d = paired(BASE, ARM)  # scipy 1.17.1: stats.ttest_rel(ARM, BASE)
+    d = paired_difference(BASE, ARM)  # scipy 1.17.1: stats.ttest_rel(ARM, BASE)
     assert d.p == pytest.approx(0.0033358584921846274, rel=1e-9)
     assert (d.low, d.high) == pytest.approx((-0.013573912214472208, -0.005226087785527851), rel=1e-9)
     assert d.mean == pytest.approx(-0.0094, rel=1e-12)
@@ -106,7 +106,7 @@ def test_weights_make_a_mean_a_ratio_of_sums():
 
 def test_studies_of_a_against_a_raise_false_alarms_at_the_stated_rate():
     rng = np.random.default_rng(2)
-    found = [paired(a, b, resamplings=0).p <= 0.05 for a, b in rng.normal(size=(STUDIES, 2, 10))]
+    found = [paired_difference(a, b, resamplings=0).p <= 0.05 for a, b in rng.normal(size=(STUDIES, 2, 10))]
     assert abs(np.mean(found) - 0.05) < noise(0.05)
     covered = [mean_of(a, resamplings=0, level=0.1) for a in rng.normal(3, 2, size=(STUDIES, 4))]
     assert abs(np.mean([d.low < 3 < d.high for d in covered]) - 0.9) < noise(0.1)
@@ -116,7 +116,7 @@ def test_four_arms_raise_false_alarms_at_the_stated_rate_after_holm():
     rng = np.random.default_rng(3)
     alarms, uncorrected = 0, 0
     for base, *others in rng.normal(size=(STUDIES, 5, 10)):
-        p = [paired(base, arm, resamplings=0).p for arm in others]
+        p = [paired_difference(base, arm, resamplings=0).p for arm in others]
         alarms += min(holm(p)) <= 0.05
         uncorrected += min(p) <= 0.05
     # At most: the four share a base, so their tests depend on each other.
@@ -138,7 +138,7 @@ def test_detectable_effects_equal_scipys():
     assert detectable_effect(4) == pytest.approx(3.761060261004304, rel=1e-5)
     assert detectable_effect(2) == pytest.approx(5.653489266405572, rel=1e-5)
     assert detectable_effect(9, 0.05 / 4, 0.9) == pytest.approx(4.613789895063745, rel=1e-5)
-    d = paired(BASE, ARM)
+    d = paired_difference(BASE, ARM)
     assert d.detectable() == pytest.approx(3.76106 * d.standard_error, rel=1e-4)
     assert d.detectable() == pytest.approx(minimum_detectable((ARM - BASE).std(ddof=1), 5), rel=1e-9)
     # G*Power 3.1's manual, t test of matched pairs: dz = 0.5, two-sided 5 %, power 80 %: 34 pairs.
@@ -183,27 +183,27 @@ def test_holm_equals_rs():
 
 
 def test_values_that_say_nothing_of_chance():
-    one = paired([1.5], [1.4])
+    one = paired_difference([1.5], [1.4])
     assert one.mean == pytest.approx(-0.1)
     assert math.isnan(one.p)
     assert math.isnan(one.low)
     assert math.isnan(one.detectable())
     assert verdict(one) == "unknown"
-    same = paired(BASE, BASE)
+    same = paired_difference(BASE, BASE)
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert verdict(same) == "tie"
-    sure = paired(np.zeros(3), np.ones(3))
+    sure = paired_difference(np.zeros(3), np.ones(3))
     assert (sure.low, sure.high, sure.p) == (1, 1, 0)
     assert verdict(sure) == "worse"
-    assert verdict(paired(BASE, ARM), p=0.06) == "tie"
+    assert verdict(paired_difference(BASE, ARM), p=0.06) == "tie"
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: paired(BASE, ARM[:4]), r"\(5,\) and \(4,\) values: give the same seeds"),
-        (lambda: paired(BASE, [1, math.nan, math.inf, 1, 1]), r"second: 2 of 5 values are not finite"),
-        (lambda: paired([], []), r"first: give numbers"),
+        (lambda: paired_difference(BASE, ARM[:4]), r"\(5,\) and \(4,\) values: give the same seeds"),
+        (lambda: paired_difference(BASE, [1, math.nan, math.inf, 1, 1]), r"second: 2 of 5 values are not finite"),
+        (lambda: paired_difference([], []), r"first: give numbers"),
         (lambda: mean_of(np.ones((2, 3)), np.ones(2)), r"weights: give 3 positive"),
         (lambda: mean_of(BASE, over="days"), r"over = 'days': must be all, seeds or texts"),
         (lambda: mean_of(BASE, level=5), r"level = 5: must be in \(0, 1\)"),

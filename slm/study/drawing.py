@@ -36,10 +36,7 @@ def curves(series: dict[str, dict[int, np.ndarray]], metric: str, x: str) -> Any
         # The first values would press all that matters into a strip at the bottom.
         margin = 0.08 * (max(last) - min(lowest))
         made.set_ylim(min(lowest) - margin, max(last) + margin)
-    made.set_xlabel(WORDS.get(x, x))
-    made.set_ylabel(WORDS.get(metric, metric))
-    style.legend(made)
-    return made.figure
+    return _labelled(made, metric, x)
 
 
 def points(table: Any, metric: str, x: str) -> Any:
@@ -56,7 +53,15 @@ def points(table: Any, metric: str, x: str) -> Any:
         }
         look = style.look(number) | {"linestyle": "none", "markersize": 6}
         made.errorbar(across.mean, up.mean, label=arm, capsize=3, elinewidth=1, **bars, **look)
-    made.set_xlabel(WORDS.get(x, x))
-    made.set_ylabel(WORDS.get(metric, metric))
+    return _labelled(made, metric, x)
+
+
+def _labelled(made: Any, metric: str, x: str) -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    for axis, name in ((made.xaxis, x), (made.yaxis, metric)):
+        axis.set_label_text(WORDS.get(name, name))
+        if max(map(abs, axis.get_view_interval())) >= 10_000:
+            axis.set_major_formatter(EngFormatter(sep=""))
     style.legend(made)
     return made.figure

@@ -1,6 +1,6 @@
 """Is one variant better than another? Differences over shared seeds and shared texts, with intervals and p values.
 
-d = paired(base, arm)          # bits per byte by seed, or by seed and text
+d = paired_difference(base, arm)          # bits per byte by seed, or by seed and text
 d.mean, (d.low, d.high), d.p, d.detectable()
 verdict(d)                     # better, worse, tie
 """
@@ -59,7 +59,7 @@ class Difference:
         )
 
 
-def paired(
+def paired_difference(
     first: np.ndarray,
     second: np.ndarray,
     weights: np.ndarray | None = None,
@@ -87,7 +87,9 @@ def paired(
     """
     first, second = (_values(name, x) for name, x in (("first", first), ("second", second)))
     if first.shape != second.shape:
-        raise ConfigError(f"paired: {first.shape} and {second.shape} values: give the same seeds and texts to both")
+        raise ConfigError(
+            f"paired_difference: {first.shape} and {second.shape} values: give the same seeds and texts to both"
+        )
     return mean_of(second - first, weights, over=over, level=level, seed=seed, resamplings=resamplings)
 
 
@@ -100,7 +102,7 @@ def mean_of(
     seed: int = 0,
     resamplings: int = 10_000,
 ) -> Difference:
-    """Mean of values by seed, or by seed and text, with its intervals; arguments and errors as of `paired`."""
+    """Mean of values by seed, or by seed and text, with its intervals; arguments and errors as of paired_difference."""
     from slm.evaluation.bootstrap import bootstrap_interval
 
     values = _values("values", values)
@@ -139,10 +141,10 @@ def welch(
     first: np.ndarray, second: np.ndarray, *, level: float = 0.05, seed: int = 0, resamplings: int = 10_000
 ) -> Difference:
     """Mean of second less that of first, (n,) and (m,) values that share no seeds, of variances that may differ (Welch
-    1947). `paired` finds smaller differences wherever seeds are shared.
+    1947). `paired_difference` finds smaller differences wherever seeds are shared.
 
     Raises:
-      ConfigError: as `paired`.
+      ConfigError: as `paired_difference`.
     """
     first, second = (_values(name, x).reshape(-1) for name, x in (("first", first), ("second", second)))
     mean = float(second.mean() - first.mean())

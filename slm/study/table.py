@@ -15,7 +15,7 @@ import numpy as np
 
 from slm.errors import ConfigError
 from slm.study import table_text
-from slm.study.statistics import Difference, Verdict, holm, mean_of, paired, verdict, welch
+from slm.study.statistics import Difference, Verdict, holm, mean_of, paired_difference, verdict, welch
 
 HIGHER_IS_BETTER = ("accuracy", "tokens_per_s", "tokens_per_second", "mfu")
 """Metrics of which more is better without saying so; of all others less is."""
@@ -162,7 +162,7 @@ def _column(values: dict[str, Any], metric, base, lower_is_better, weights, leve
         try:
             if shared:
                 a, b = (_stacked({seed: one[seed] for seed in shared}) for one in (by_seed[base], seeds))
-                differences[arm] = paired(a, b, weights if a.ndim == 2 else None, level=level)
+                differences[arm] = paired_difference(a, b, weights if a.ndim == 2 else None, level=level)
             else:
                 differences[arm] = welch(*(_means(one, weights) for one in (by_seed[base], seeds)), level=level)
                 notes.append(f"{arm}: {metric} shares no seed with {base}; compared without pairs (Welch)")

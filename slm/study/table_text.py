@@ -1,15 +1,15 @@
-"""A study's table as text, Markdown and LaTeX: numbers to the digits that their intervals leave."""
+"""A study's table as text, Markdown and LaTeX: numbers to the digits that their intervals leave.
+
+`table` is a slm.study.table.Table, `cell` one of its cells; that module imports this one.
+"""
 
 import math
 import re
 import textwrap
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from slm.study.table import Cell, Table
-
-LONGEST_NAME = 32
-"""Columns of an arm's name in a terminal; longer ones are broken into lines."""
+LONGEST_NAME, SHORTEST_NAME = 32, 16
+"""Columns of an arm's name in a terminal, by the room that there is; longer ones are broken into lines."""
 _SIGN = {"better": "better", "worse": "worse", "tie": "tie", "unknown": "?", None: ""}
 
 
@@ -36,7 +36,7 @@ def p_value(p: float) -> str:
     return "" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def words(cell: "Cell") -> tuple[str, str, str, str]:
+def words(cell: Any) -> tuple[str, str, str, str]:
     """Mean, difference, p, verdict."""
     mean = number(cell.mean, (cell.high - cell.low) / 2)
     if cell.difference is None:
@@ -45,7 +45,7 @@ def words(cell: "Cell") -> tuple[str, str, str, str]:
     return mean, number(cell.difference.mean, half, sign=True), p_value(cell.p), _SIGN[cell.verdict]
 
 
-def columns_of(table: "Table", metric: str) -> tuple[list[str], list[list[str]]]:
+def columns_of(table: Any, metric: str) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of one metric, without the columns that would be empty."""
     heads = [metric, "difference", "p", "verdict"]
     rows = [list(words(table.cells[arm, metric])) for arm in table.arms]
@@ -53,16 +53,19 @@ def columns_of(table: "Table", metric: str) -> tuple[list[str], list[list[str]]]
     return [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
-def text(table: "Table", columns: int = 100) -> str:
+def text(table: Any, columns: int = 100) -> str:
     """Blocks of metrics, one below the other, no line longer than `columns` as long as one metric fits."""
-    names = [textwrap.wrap(arm, LONGEST_NAME) or [""] for arm in table.arms]
-    first = max(len(line) for name in names for line in name)
-    blocks: list[list[tuple[list[str], list[list[str]], list[int]]]] = [[]]
-    used = first
+    made = []
     for metric in table.metrics:
         heads, rows = columns_of(table, metric)
         widths = [max(len(head), *(len(row[i]) for row in rows)) for i, head in enumerate(heads)]
-        needs = sum(widths) + 2 * len(widths) + 1
+        made.append((heads, rows, widths, sum(widths) + 2 * len(widths) + 1))
+    room = columns - max((needs for *_, needs in made), default=0)
+    names = [textwrap.wrap(arm, max(SHORTEST_NAME, min(LONGEST_NAME, room))) or [""] for arm in table.arms]
+    first = max(len(line) for name in names for line in name)
+    blocks: list[list[tuple[list[str], list[list[str]], list[int]]]] = [[]]
+    used = first
+    for heads, rows, widths, needs in made:
         if blocks[-1] and used + needs > columns:
             blocks.append([])
             used = first
@@ -86,7 +89,7 @@ def _line(cells: list[str], widths: list[int]) -> str:
     )
 
 
-def markdown(table: "Table") -> str:
+def markdown(table: Any) -> str:
     heads, rows = ["arm"], [[arm] for arm in table.arms]
     for metric in table.metrics:
         more, cells = columns_of(table, metric)
@@ -97,7 +100,7 @@ def markdown(table: "Table") -> str:
     return "\n".join([*made, "", *(f"- {note}" for note in table.notes)]) + "\n"
 
 
-def latex(table: "Table") -> str:
+def latex(table: Any) -> str:
     heads, rows = ["arm"], [[_escaped(arm)] for arm in table.arms]
     for metric in table.metrics:
         more, cells = columns_of(table, metric)
