@@ -34,6 +34,7 @@ def test_uneven_rates_and_repeated_seeds():
     pairs = [(rate, bowl(rate) + luck) for rate in rates for luck in (-0.01, 0.01)]
     found = sensitivity(reversed(pairs), tolerance=0.01)
     assert found.best == pytest.approx(2e-3, rel=1e-9)
+    assert found.loss == pytest.approx(1.5, rel=1e-9)
 
 
 def test_basins_that_are_not_closed_say_so():
@@ -130,3 +131,22 @@ def test_one_bad_run_does_not_move_the_law():
     squares = fit_scaling_law(N, loss, resamplings=0, delta=10.0)
     moved, by_squares = (abs(law.parameters["alpha"] - good.parameters["alpha"]) for law in (bad, squares))
     assert moved < 0.02 < by_squares
+
+
+def test_no_law_nearby_fits_better():
+    """Huber's loss of log loss, written out, grows in every direction from what was found."""
+    rng = np.random.default_rng(3)
+    N = np.repeat(np.geomspace(1e6, 1e8, 6), 3)
+    D = np.tile(np.geomspace(1e9, 1e11, 9), 2)
+    loss = chinchilla(N, D) * np.exp(0.004 * rng.standard_t(2, size=N.shape))
+
+    def objective(E, A, alpha, B, beta):
+        r = np.abs(np.log(E + A / N**alpha + B / D**beta) - np.log(loss))
+        return np.where(r <= 1e-3, r**2 / 2, 1e-3 * (r - 0.5e-3)).sum()
+
+    found = fit_scaling_law(N, loss, D, resamplings=0).parameters
+    lowest = objective(**found)
+    for _ in range(300):
+        step = 1 + 10 ** rng.uniform(-5, -1) * rng.normal(size=5)
+        assert objective(*(np.array(list(found.values())) * step)) > lowest * (1 - 1e-9)
+    assert lowest <= objective(E, A, ALPHA, B, BETA)

@@ -143,7 +143,10 @@ def test_detectable_effects_equal_scipys():
     assert d.detectable() == pytest.approx(minimum_detectable((ARM - BASE).std(ddof=1), 5), rel=1e-9)
     # G*Power 3.1's manual, t test of matched pairs: dz = 0.5, two-sided 5 %, power 80 %: 34 pairs.
     assert seeds_needed(1.0, 0.5) == 34
-    assert minimum_detectable(1.0, 34) <= 0.5 < minimum_detectable(1.0, 33)
+    for difference in (0.2, 0.35, 0.5, 1.0, 1.5, 3.0, 10.0):
+        n = seeds_needed(1.0, difference)
+        assert minimum_detectable(1.0, n) <= difference
+        assert n == 2 or minimum_detectable(1.0, n - 1) > difference
 
 
 def test_both_seeds_and_texts_may_have_been_others():
