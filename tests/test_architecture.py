@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "cli": ({"config", "errors"}, {"training"}),
     "serve": ({"errors", "evaluation", "models"}, {"data", "training.compilation", "compress"}),
     # The notebook's face: above everything, so in no other row.
-    "study": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "training"}),
+    "study": ({"config", "errors", "attention", "models", "evaluation", "training", "data.cache"}, {"data"}),
 }
 
 

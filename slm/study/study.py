@@ -179,14 +179,13 @@ class Study:
         return load(self.cell(arm, seed).folder)
 
     def curve(self, metric: str = "bits_per_byte", x: str = "tokens") -> dict[str, dict[int, np.ndarray]]:
-        """Arm to seed to (points, 2): x and metric wherever a run recorded both, in order."""
+        """Arm to seed to (points, 2): x and metric wherever a run recorded both, in order; those of
+        validation, if there are such."""
         found: dict[str, dict[int, np.ndarray]] = {arm: {} for arm in self.arms}
         for cell in self.cells:
-            points = []
-            for row in cell.history():
-                value = row.get(f"validation_{metric}", row.get(metric))
-                if value is not None and x in row:
-                    points.append((row[x], value))
+            rows = cell.history()
+            name = f"validation_{metric}" if any(f"validation_{metric}" in row for row in rows) else metric
+            points = [(row[x], row[name]) for row in rows if row.get(name) is not None and x in row]
             found[cell.arm][cell.seed] = np.array(points, np.float64).reshape(-1, 2)
         return found
 
