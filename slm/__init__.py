@@ -58,6 +58,8 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str):
+    if name == "study":
+        return importlib.import_module("slm.study")
     if name not in _HOME:
         raise AttributeError(f"module 'slm' has no attribute {name!r}; it has {', '.join(_HOME)}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -21,7 +21,7 @@ LONGEST = 450
 HEAVY = {
     "grain", "tensorflow", "tensorflow_datasets", "array_record", "pyarrow", "tokenizers", "transformers", "torch",
     "orbax", "tyro", "safetensors", "huggingface_hub", "gguf", "jinja2", "rich", "matplotlib", "tensorboardX", "wandb",
-    "starlette", "uvicorn", "httpx", "onnx", "onnxruntime",
+    "starlette", "uvicorn", "httpx", "onnx", "onnxruntime", "pandas",
 }  # fmt: skip
 
 # Room (a folder of slm/, or a file directly in it) to what its files may import of slm besides their own room: at the
@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "cli": ({"config", "errors"}, {"training"}),
     "serve": ({"errors", "evaluation", "models"}, {"data", "training.compilation", "compress"}),
     # The notebook's face: above everything, so in no other row.
-    "study": ({"config", "errors", "attention", "models"}, {"data", "evaluation", "training"}),
+    "study": ({"config", "errors", "attention", "models", "evaluation", "training", "data.cache"}, {"data"}),
 }
 
 
@@ -194,6 +194,14 @@ def test_the_model_and_the_train_step_need_only_jax_and_its_near_ones():
 
 def test_attention_does_not_know_flax():
     assert not loaded_by("import slm.attention") & (HEAVY | {"flax", "optax"})
+
+
+def test_a_study_is_described_and_judged_without_jax():
+    """Its arms and its statistics; what counts or trains models is imported when it is asked to."""
+    names = ("grids", "matching", "statistics", "learning_rate", "scaling", "table")
+    loaded = loaded_by("import " + ", ".join(f"slm.study.{name}" for name in names))
+    assert "numpy" in loaded
+    assert not loaded & (HEAVY | {"jax", "flax", "optax", "scipy"})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,123 +1,104 @@
-import dataclasses
+"""Runs that train together are the runs that they would be alone: rows, checkpoints, resumption, divergence."""
 
+import json
+
+import jax
 import numpy as np
 import pytest
+from tiny_run import stop_at, tiny, use_devices
 
-from slm.data.corpus import Corpus
-from slm.data.packing import EvaluationWindows, TrainingWindows
-from slm.data.tokenizers import build_tokenizer
-from slm.errors import DataError
+import slm
+from slm.config import override
+from slm.study import packing
+from slm.study.packing import packs, train_pack
+from slm.training import loop
+from slm.training.loop import train
 
-END = 256
-TEXTS = ["ab", "c", "défghijklmnop", "q", "r", "stuvw"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer("bytes", None)
-
-
-@pytest.fixture(scope="module")
-def corpus(tokenizer):
-    return Corpus.from_texts(TEXTS, tokenizer)
+ARMS = {
+    "a": {"seed": 1},
+    "b": {"seed": 2},
+    "c": {"seed": 1, "optim.learning_rate": 1e-3},
+    "d": {"seed": 1, "optim.weight_decay": 0.5, "optim.b2": 0.9},
+}
 
 
-@pytest.fixture(scope="module")
-def unseparated(corpus):
-    """The same documents without end-of-text tokens."""
-    lengths = np.diff(corpus.offsets) - 1
-    tokens = corpus.tokens[corpus.tokens != END]
-    return dataclasses.replace(corpus, tokens=tokens, offsets=np.concatenate([[0], np.cumsum(lengths)]))
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    use_devices(monkeypatch, 1)
 
 
-def layout(corpus):
-    """Document and place in it of every token, counted one by one."""
-    return [(d, place) for d, n in enumerate(np.diff(corpus.offsets)) for place in range(n)]
+def arms(folder, extra=None, names=ARMS):
+    return [tiny(folder, {"name": name, "train.log_every": 1} | ARMS[name] | (extra or {})) for name in names]
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 12, 29])
-def test_training_windows_against_counting_by_hand(corpus, length):
-    windows = TrainingWindows(corpus, length, "documents", END)
-    assert len(windows) == (len(corpus.tokens) - 1) // length
-    batch = windows.read(np.arange(len(windows))[::-1])
-    places = layout(corpus)
-    for row, window in enumerate(reversed(range(len(windows)))):
-        start = window * length
-        inside = range(start, start + length)
-        assert batch["tokens"][row].tolist() == corpus.tokens[start : start + length].tolist()
-        assert batch["targets"][row].tolist() == corpus.tokens[start + 1 : start + length + 1].tolist()
-        assert batch["segment_ids"][row].tolist() == [places[i][0] - places[start][0] + 1 for i in inside]
-        begin = [i - places[i][1] for i in inside]
-        assert batch["positions"][row].tolist() == [i - max(b, start) for i, b in zip(inside, begin)]
-    assert (batch["weights"] == 1).all()  # the end of text is learned: every target counts
-    assert {name: array.dtype.name for name, array in batch.items()} == {
-        "tokens": "int32", "targets": "int32", "weights": "float32", "segment_ids": "int32", "positions": "int32"
-    }  # fmt: skip
+def rows(cfg):
+    lines = (cfg.run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
 
-def test_stream_is_one_segment(corpus):
-    batch = TrainingWindows(corpus, 6, "stream", END).read(np.array([1, 0]))
-    assert batch["positions"].tolist() == [list(range(6))] * 2
-    assert (batch["segment_ids"] == 1).all()
-    assert (batch["weights"] == 1).all()
-    assert batch["tokens"][1].tolist() == [END, *b"ab", END, *b"c", END]
+def assert_same_run(one, other):
+    for mine, theirs in zip(rows(one), rows(other), strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            want = theirs[name] if isinstance(theirs[name], str) else pytest.approx(theirs[name], rel=2e-4)
+            assert mine[name] == want, (name, mine["step"])
+    a, b = (slm.load(cfg.run_dir).params for cfg in (one, other))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), a, b)
 
 
-def test_without_an_end_of_text_no_document_is_asked_for_the_next(unseparated):
-    batch = TrainingWindows(unseparated, 4, "documents", None).read(np.array([0]))
-    assert batch["targets"][0].tolist() == list("bcdé".encode())[:4]
-    assert batch["weights"][0].tolist() == [1, 0, 0, 1]
-    assert (TrainingWindows(unseparated, 4, "stream", None).read(np.array([0]))["weights"] == 1).all()
+def test_together_as_alone(tmp_path):
+    alone = [override(cfg, {"name": f"{cfg.name}_alone"}) for cfg in arms(tmp_path)]
+    for cfg in alone:
+        train(cfg)
+    together = arms(tmp_path)
+    assert packs(together) == [[0, 1, 2, 3]]
+    outcomes = train_pack(together)
+    assert [outcome.error for outcome in outcomes] == [None] * 4
+    assert all(outcome.run.finished for outcome in outcomes)
+    for one, other in zip(together, alone):
+        assert_same_run(one, other)
+    ends = [rows(cfg)[-1]["loss"] for cfg in together]
+    assert len(set(ends)) == 4  # none is a copy of another
 
 
-def test_too_little_text_names_the_numbers_and_the_fix(corpus):
-    n = len(corpus.tokens)
-    assert len(TrainingWindows(corpus, n - 1, "documents", END)) == 1
-    with pytest.raises(DataError, match=rf"{n} training tokens do not fill .*sequence_length = {n}"):
-        TrainingWindows(corpus, n, "documents", END)
+def test_resumed_together_or_alone(tmp_path, monkeypatch):
+    whole = [override(cfg, {"name": f"{cfg.name}_whole"}) for cfg in arms(tmp_path, names="ab")]
+    train_pack(whole)
+    parts = arms(tmp_path, names="ab")
+    stop_at(monkeypatch, 5)
+    monkeypatch.setattr(packing, "StopRequest", loop.StopRequest)
+    assert not any(outcome.run.finished for outcome in train_pack(parts))
+    stop_at(monkeypatch, None)
+    monkeypatch.setattr(packing, "StopRequest", loop.StopRequest)
+    assert train(parts[0]).finished  # alone
+    assert all(outcome.run.finished for outcome in train_pack(parts))  # of the first nothing is left to do
+    for one, other in zip(parts, whole):
+        assert_same_run(one, other)
 
 
-@pytest.mark.parametrize("packing", ["documents", "stream"])
-@pytest.mark.parametrize("length", [1, 3, 7, 29, 30, 40])
-def test_evaluation_asks_for_every_token_once(corpus, tokenizer, length, packing):
-    windows = EvaluationWindows(corpus, length, packing, END, tokenizer.token_bytes)
-    batch = windows.read(np.arange(len(windows)))
-    scored = batch["weights"] > 0
-    places = layout(corpus)
-    expected = [i for i in range(1, len(corpus.tokens)) if places[i][1] > 0]  # all but the ends of text
-    assert batch["targets"][scored].tolist() == corpus.tokens[expected].tolist()
-    assert batch["document"][scored].tolist() == [places[i][0] for i in expected]
-    assert batch["bytes"].sum() == corpus.document_bytes.sum() == sum(len(text.encode()) for text in TEXTS)
-    real = np.arange(batch["tokens"].size).reshape(batch["tokens"].shape) < len(corpus.tokens) - 1
-    assert (batch["segment_ids"][~real] == 0).all()
-    assert (batch["segment_ids"][real] > 0).all()
-    assert batch["tokens"][real].tolist() == corpus.tokens[:-1].tolist()
-    for array in batch.values():
-        assert (array[~real] == 0).all()
-    for name in ("bytes", "document", "targets", "positions"):
-        assert batch[name].dtype == np.int32
+def test_a_divergence_ends_one_run(tmp_path):
+    cfgs = arms(tmp_path, names="ab")
+    cfgs[1] = override(cfgs[1], {"optim.learning_rate": 1e6, "optim.clip_norm": None})
+    good, bad = train_pack(cfgs)
+    assert good.error is None
+    assert good.run.finished
+    assert "step " in bad.error
+    assert not bad.run.finished
 
 
-def test_evaluation_lays_out_inputs_as_training_does(corpus, tokenizer):
-    for packing in ("documents", "stream"):
-        train = TrainingWindows(corpus, 5, packing, END)
-        evaluation = EvaluationWindows(corpus, 5, packing, END, tokenizer.token_bytes)
-        both = np.arange(len(train))
-        for name in ("tokens", "targets", "segment_ids", "positions"):
-            np.testing.assert_array_equal(train.read(both)[name], evaluation.read(both)[name])
+@pytest.mark.parametrize("changes", [
+    {"model.width": 64}, {"optim.name": "lion"}, {"train.steps": 9}, {"prune.sparsity": 0.5},
+    {"data.sequence_length": 8},
+])  # fmt: skip
+def test_what_differs_more_trains_apart(tmp_path, changes):
+    a, b = arms(tmp_path, names="ab")
+    assert packs([a, override(b, changes), b]) == [[0, 2], [1]]
+    assert packs([a, b, a, b, a], most=2) == [[0, 1], [2, 3], [4]]
 
 
-def test_evaluation_without_an_end_of_text(unseparated, tokenizer):
-    def scored(packing):
-        windows = EvaluationWindows(unseparated, 6, packing, None, tokenizer.token_bytes)
-        return int(windows.read(np.arange(len(windows)))["weights"].sum())
-
-    n = len(unseparated.tokens)
-    assert scored("documents") == n - len(TEXTS)  # nothing precedes the first token of a document
-    assert scored("stream") == n - 1
-
-
-def test_one_token_cannot_be_evaluated(tokenizer, unseparated):
-    single = dataclasses.replace(unseparated, tokens=unseparated.tokens[:1], offsets=np.array([0, 1]))
-    with pytest.raises(DataError, match="too little to evaluate"):
-        EvaluationWindows(single, 4, "documents", None, tokenizer.token_bytes)
+def test_lanes_spread_over_devices(tmp_path, monkeypatch):
+    use_devices(monkeypatch, 1)
+    together = arms(tmp_path)
+    outcomes = train_pack(together)
+    assert jax.local_device_count() >= 4
+    assert all(outcome.run.finished for outcome in outcomes)

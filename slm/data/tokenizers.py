@@ -204,6 +204,17 @@ def depends_on_documents(spec: str) -> bool:
     return spec == "chars" or spec.startswith("bpe:")
 
 
+def planned_vocabulary(spec: str, hides: bool = False) -> int | None:
+    """Size of the tokenizer that `spec` names, and of a mask token if `hides` and it needs one of its own, as far as no
+    document is needed to know it; None: one is. `bpe:SIZE` counts as SIZE, which few documents may not fill."""
+    if spec.startswith("bpe:") and spec.removeprefix("bpe:").isdecimal():
+        return int(spec.removeprefix("bpe:")) + hides
+    if depends_on_documents(spec):
+        return None
+    tokenizer = build_tokenizer(spec, lambda: iter(()))
+    return tokenizer.vocab_size + (hides and tokenizer.mask is None)
+
+
 def _bpe_size(spec: str) -> int:
     size = spec.removeprefix("bpe:")
     if not size.isdecimal() or int(size) < 257:

@@ -15,13 +15,13 @@ import numpy as np
 
 from slm.errors import ConfigError
 from slm.evaluation.bits_per_byte import evaluate
+from slm.evaluation.bootstrap import bootstrap_interval
 from slm.evaluation.decoding import Decoding
 from slm.evaluation.sampling import make_sampling
 from slm.models.counts import flops_per_token, parameter_counts
 from slm.models.language_model import LanguageModel
 from slm.models.quantized import as_array, is_quantized
 
-RESAMPLINGS = 10_000
 SPARSE = 0.9
 """Share of numbers that are not zero below which a model is called sparse."""
 
@@ -159,15 +159,10 @@ def paired_bootstrap(
             "the two models cut this text into different pieces, so scores cannot be paired: give a list of texts, or "
             "a source with at least 20 documents"
         )
-    rng, n = np.random.default_rng(seed), len(first)
-    # Counts of each cluster in a resampling; sums are then two products of matrices.
-    counts = rng.multinomial(n, np.full(n, 1 / n), RESAMPLINGS)
-    bytes_ = counts @ first[:, 1] * math.log(2)
-    differences = counts @ (second[:, 0] - first[:, 0]) / bytes_
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(differences, [tail, 100 - tail])
+    bytes_ = first[:, 1] * math.log(2)
+    interval = bootstrap_interval((second[:, 0] - first[:, 0])[None], bytes_, seed=seed, confidence=confidence)
     whole = (second[:, 0].sum() - first[:, 0].sum()) / first[:, 1].sum() / math.log(2)
-    return float(whole), (float(low), float(high))
+    return float(whole), interval
 
 
 def non_zero(params: Any) -> int:

@@ -51,12 +51,10 @@ def _pretend(devices: int) -> None:
 
 def _vocabulary(cfg: Experiment) -> int:
     """Size of the tokenizer that data.tokenizer names, and of a mask token if it needs one of its own."""
-    from slm.data.tokenizers import build_tokenizer, depends_on_documents
+    from slm.data.tokenizers import planned_vocabulary
 
-    spec, hides = cfg.data.tokenizer, cfg.model.head == "masked_lm"
-    if spec.startswith("bpe:") and spec.removeprefix("bpe:").isdecimal():
-        return int(spec.removeprefix("bpe:")) + hides
-    if depends_on_documents(spec):
+    spec = cfg.data.tokenizer
+    size = planned_vocabulary(spec, cfg.model.head == "masked_lm")
+    if size is None:
         raise ConfigError(f"--dry-run reads no data, and data.tokenizer = {spec} depends on it: set model.vocab_size")
-    tokenizer = build_tokenizer(spec, lambda: iter(()))
-    return tokenizer.vocab_size + (hides and tokenizer.mask is None)
+    return size

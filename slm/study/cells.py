@@ -1,0 +1,116 @@
+"""Cells of a study: one arm with one seed. Each is an ordinary run folder, named after everything that decides it."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slm.config import DataConfig, Experiment, flatten
+from slm.data.cache import digest
+from slm.models.counts import cache_bytes, flops_per_token, parameter_counts
+from slm.training import precision
+from slm.training.metrics import read_rows
+from slm.training.run import FREE, METRICS, stored_config
+
+RESULT = "result.json"
+MAKES_NUMBERS = ("attention", "compress", "data", "models", "training")
+"""Rooms whose source decides what a run learns; a change in any of them makes new cells."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    arm: str
+    seed: int
+    config: Experiment
+    """With the run's name and folder filled in."""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.run_dir
+
+    def result(self) -> dict[str, Any] | None:
+        """What it came to; None: it has not ended."""
+        try:
+            return json.loads((self.folder / RESULT).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def history(self) -> list[dict]:
+        """Rows of its metrics.jsonl, as far as they go."""
+        return read_rows(self.folder / METRICS)
+
+    def finish(self, status: str, **facts: Any) -> None:
+        """Writes its result, whole or not at all. status: done, diverged, failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{RESULT}.{os.getpid()}"
+        partial.write_text(json.dumps({"status": status} | facts, indent=1) + "\n")
+        os.replace(partial, self.folder / RESULT)
+
+
+def make_cells(configs: Mapping[str, Experiment], seeds: Sequence[int], folder: str | Path) -> list[Cell]:
+    """Every arm with every seed; seeds vary fastest.
+
+    The name of a run is a hash of its config (but for where and how it runs), of its data's content, and of slm's code:
+    the same cell in another study is the same folder, and a cell whose data or code has changed is another one.
+    Raises what opening the data raises.
+    """
+    from slm.data.pipeline import open_data
+
+    @functools.cache
+    def content(data: DataConfig, seed: int) -> str:
+        return open_data(data, seed).fingerprint
+
+    cells = []
+    for arm, cfg in configs.items():
+        for seed in seeds:
+            one = dataclasses.replace(cfg, seed=seed)
+            decides = {
+                path: value
+                for path, value in flatten(one).items()
+                if not path.startswith(FREE) or path == "train.steps"
+            }
+            name = digest(sorted(decides.items()), content(one.data, seed), code_version())
+            cells.append(Cell(arm, seed, dataclasses.replace(one, name=name, dir=str(Path(folder) / "cells"))))
+    return cells
+
+
+def measured(cell: Cell) -> dict[str, Any]:
+    """Facts about a run that has ended: sizes from its config, scores from its last rows.
+
+    `parameters`, `flops_per_token` (of training); `state_bytes`, what decoding carries for a text of
+    data.sequence_length; `tokens_per_second`, the median of its rows; and the last value of everything in its rows,
+    those of validation without their prefix.
+    """
+    cfg, rows = cell.config, cell.history()
+    facts: dict[str, Any] = {}
+    for row in rows:
+        facts |= {name.removeprefix("validation_"): value for name, value in row.items()}
+    if "validation_loss" in (rows[-1] if rows else {}):
+        facts["training_loss"] = rows[-1]["loss"]
+    speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+    if speeds:
+        facts["tokens_per_second"] = speeds[len(speeds) // 2]
+    model = (stored_config(cell.folder) or cfg).model
+    dtype = precision.compute_dtype(cfg.train.precision)
+    counts = parameter_counts(model)
+    return facts | {
+        "parameters": counts["total"],
+        "non_embedding": counts["total"] - counts["embedding"] - counts["head"],
+        "flops_per_token": flops_per_token(model, cfg.data.sequence_length)["train"],
+        "state_bytes": cache_bytes(model, 1, cfg.data.sequence_length, dtype) if model.causal else 0,
+    }
+
+
+@functools.cache
+def code_version() -> str:
+    """A hash of the sources of the rooms that decide what a run learns."""
+    home = Path(__file__).parent.parent
+    files = [home / "experiment.py", home / "compression.py"]
+    for room in MAKES_NUMBERS:
+        files += sorted((home / room).rglob("*.py"))
+    return digest([(path.relative_to(home).as_posix(), path.read_bytes()) for path in files])

@@ -1,0 +1,219 @@
+"""Running the cells of a study: what is done is not done again, what can train together does, what fails is a row."""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from slm.config import from_json, override, to_json
+from slm.data.cache import locked
+from slm.errors import DivergenceError, SlmError
+from slm.study.cells import Cell, measured
+from slm.study.packing import packs, train_pack
+
+MOST = 16
+"""Runs in one program, unless told otherwise. On a CPU, more gain nothing (benchmarks/README.md)."""
+CORES = "SLM_STUDY_CORES"
+"""Environment variable with the cores of a worker."""
+Said = Callable[[str], None]
+
+
+class Stopped(Exception):
+    """A study was told to stop. What is done is kept."""
+
+
+def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None, show: bool = True) -> list[list[int]]:
+    """Trains the cells that have not ended. Divergences are kept as they are; failures are tried again.
+
+    Args:
+      cells: what to run.
+      processes: 0: in this one. More: so many at a time, each with its own device where there are several; a process
+        that dies takes no other with it.
+      pack: most runs in one program; 1: none together; None: 16 on one device, more on several.
+      show: a line for each group of runs.
+
+    Returns:
+      The groups that were trained together, as numbers of `cells`.
+
+    Raises Stopped on Ctrl-C or SIGTERM, after saving; another call goes on from there.
+    """
+    left = {}
+    for cell in cells:
+        if (cell.result() or {}).get("status") not in ("done", "diverged"):
+            left.setdefault(cell.config.name, cell)
+    todo = list(left.values())
+    most = MOST * jax.local_device_count() if pack is None else pack
+    groups = [[todo[i] for i in group] for group in packs([cell.config for cell in todo], most)]
+    with _lines(show, sum(map(len, groups)), len(cells) - sum(map(len, groups))) as said:
+        if processes:
+            _in_processes(groups, processes, said)
+        else:
+            for group in groups:
+                run_group(group, said)
+    number = {cell.config.name: i for i, cell in reversed(list(enumerate(cells)))}
+    return [[number[cell.config.name] for cell in group] for group in groups]
+
+
+def run_group(cells: Sequence[Cell], said: Said = lambda text: None) -> None:
+    """Trains cells together in this process, and writes what came of each. Raises Stopped."""
+    with contextlib.ExitStack() as stack:
+        for cell in sorted(cells, key=lambda cell: cell.config.name):
+            cell.folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(cell.folder))
+        # Somebody else may have done it meanwhile.
+        cells = [cell for cell in cells if (cell.result() or {}).get("status") not in ("done", "diverged")]
+        if not cells:
+            return
+        begun = time.time()
+        try:
+            stopped = _train(cells, begun)
+        except (SlmError, MemoryError, jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            if len(cells) > 1:
+                # Perhaps too large together; and one that fails must not take the others with it.
+                for cell in cells:
+                    stack.close()
+                    run_group([cell], said)
+                return
+            cells[0].finish("failed", error=f"{type(error).__name__}: {error}".splitlines()[0][:500])
+            stopped = False
+    for cell in cells:
+        if (result := cell.result()) is not None:
+            said(_line(cell, result))
+    if stopped:
+        raise Stopped
+
+
+def _train(cells: Sequence[Cell], begun: float) -> bool:
+    """Returns whether it was told to stop."""
+    from slm.training.loop import train
+
+    packed = {"packed": len(cells)}
+    if len(cells) > 1:
+        outcomes = train_pack([_quiet(cell) for cell in cells], show=False)
+        errors = [outcome.error for outcome in outcomes]
+        finished = [outcome.run.finished for outcome in outcomes]
+    else:
+        try:
+            errors, finished = [None], [train(_quiet(cells[0])).finished]
+        except DivergenceError as error:
+            errors, finished = [str(error)], [False]
+    seconds = (time.time() - begun) / len(cells)
+    for cell, error, done in zip(cells, errors, finished, strict=True):
+        if error is not None:
+            cell.finish("diverged", error=error, seconds=seconds, **packed)
+        elif done:
+            cell.finish("done", seconds=seconds, **packed, **measured(cell))
+    return not all(done or error is not None for done, error in zip(finished, errors, strict=True))
+
+
+def _quiet(cell: Cell) -> Any:
+    return override(cell.config, {"log.console": False})
+
+
+def _in_processes(groups: list[list[Cell]], processes: int, said: Said) -> None:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+        running: list[subprocess.Popen] = []
+        slots: queue.Queue[int] = queue.Queue()
+        for slot in range(processes):
+            slots.put(slot)
+
+        def work(item: tuple[int, list[Cell]]) -> None:
+            number, group = item
+            file = Path(folder) / f"{number}.json"
+            rows = [{"arm": c.arm, "seed": c.seed, "config": json.loads(to_json(c.config))} for c in group]
+            file.write_text(json.dumps(rows))
+            slot = slots.get()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "slm.study.running", str(file)], env=_environment(slot, processes),
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            running.append(process)
+            _, errors = process.communicate()
+            slots.put(slot)
+            for cell in group:
+                if cell.result() is None and process.returncode not in (0, 130):
+                    last = (errors.strip().splitlines() or ["nothing on stderr"])[-1]
+                    cell.finish("failed", error=f"its process ended with exit code {process.returncode}: {last}"[:500])
+                if (result := cell.result()) is not None:
+                    said(_line(cell, result))
+
+        try:
+            list(pool.map(work, enumerate(groups)))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()  # saves first
+            raise Stopped from None
+    if any(cell.result() is None for group in groups for cell in group):
+        raise Stopped
+
+
+def _environment(slot: int, processes: int) -> dict[str, str]:
+    """Of the worker in a slot: a GPU of its own where there are several, its share of the cores where there is none."""
+    environment = dict(os.environ)
+    gpus = [device.id for device in jax.local_devices() if device.platform == "gpu"]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpus[slot % len(gpus)])
+        if processes > len(gpus):
+            environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    elif hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[slot::processes] or [cores[slot % len(cores)]]
+        environment[CORES] = ",".join(map(str, mine))
+    return environment
+
+
+def _line(cell: Cell, result: dict) -> str:
+    name = f"{cell.arm}, seed {cell.seed}"
+    if result["status"] != "done":
+        return f"{name}: {result['status']}: {result['error']}"
+    score = next((key for key in ("bits_per_byte", "loss") if key in result), None)
+    return f"{name}: {score} {result[score]:.4f}, {result['seconds']:.0f} s"
+
+
+@contextlib.contextmanager
+def _lines(show: bool, left: int, done: int):
+    """A function that says that a cell has ended, with how many are left and when they will be done."""
+    if not show or not left:
+        yield lambda text: None
+        return
+    from slm.training.progress import make_console
+
+    console, start, ended = make_console(True), time.time(), 0
+    if done:
+        console.print(f"{done} of {done + left} runs are done already", soft_wrap=True)
+
+    def said(text: str) -> None:
+        nonlocal ended
+        ended += 1
+        rest = (time.time() - start) / ended * (left - ended)
+        eta = f"; {rest / 60:.0f} min left" if left > ended else ""
+        console.print(f"[{ended}/{left}] {text}{eta}", soft_wrap=True, markup=False)
+
+    yield said
+
+
+def _worker(file: str) -> int:
+    if cores := os.environ.get(CORES):
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    rows = json.loads(Path(file).read_text())
+    cells = [Cell(row["arm"], row["seed"], from_json(json.dumps(row["config"]))) for row in rows]
+    try:
+        run_group(cells)
+    except (Stopped, KeyboardInterrupt):
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_worker(sys.argv[1]))

@@ -1,0 +1,79 @@
+"""The notebook's face: arms by seeds in one call, a table, pictures, a page, the best model."""
+
+import re
+
+import numpy as np
+import pytest
+from tiny_run import tiny, use_devices
+
+import slm
+from slm.errors import ConfigError
+from slm.study import running
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    lost = {"optim.learning_rate": 1e7, "optim.clip_norm": None}
+    grid = slm.study.arms({"base": {}, "faster": {"optim.learning_rate": 1e-2}, "lost": lost})
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch, 1)
+        base = tiny(folder, {"train.steps": 20, "train.evaluate_every": 5})
+        return slm.study.ablate(base, grid, seeds=2, tokens=20 * 64, folder=folder / "cells", show=False)
+
+
+def test_what_came_of_it(runs):
+    assert (runs.arms, runs.seeds, runs.base) == (("base", "faster", "lost"), (0, 1), "base")
+    rows = runs.rows()
+    assert [row["status"] for row in rows] == ["done"] * 4 + ["diverged"] * 2
+    assert "2 of" not in repr(runs).splitlines()[0]
+    assert "lost, seed 1: diverged: step " in repr(runs)
+    table = runs.table("loss", "params", "tokens_per_s")
+    values = runs.values("loss")
+    assert table.cells["faster", "loss"].mean == pytest.approx(np.mean(list(values["faster"].values())))
+    paired = [values["faster"][seed] - values["base"][seed] for seed in (0, 1)]
+    assert table.cells["faster", "loss"].difference.mean == pytest.approx(np.mean(paired))
+    assert values["lost"] == {0: None, 1: None}
+    assert table.cells["base", "params"].n == 0  # no seed changes it
+    assert "lost" in str(table)
+
+
+def test_the_best_is_the_best(runs):
+    values = {arm: by for arm, by in runs.values("loss").items() if arm != "lost"}
+    arm = min(values, key=lambda arm: np.mean(list(values[arm].values())))
+    seed = min(values[arm], key=values[arm].get)
+    assert runs.best("loss").config.run_dir == runs.cell(arm, seed).folder
+    with pytest.raises(ConfigError, match="no run has the metric 'bits'"):
+        runs.values("bits")
+    with pytest.raises(ConfigError, match="no cell of arm 'worse'"):
+        runs.model("worse")
+
+
+def test_pictures(runs, tmp_path):
+    figure = runs.plot("loss", path=tmp_path / "curves.png")
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert {"base", "faster"} <= lines.keys()
+    curves = runs.curve("loss")["base"]
+    want = (curves[0][:, 1] + curves[1][:, 1]) / 2
+    np.testing.assert_allclose(lines["base"].get_ydata(), want)
+    assert len(want) == 4
+    runs.plot("loss", x="params", path=tmp_path / "points.svg")
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "points.svg"}
+
+
+def test_the_page_needs_nothing(runs, tmp_path):
+    text = runs.report(tmp_path / "page.html", "A <title>", ("loss", "params")).read_text()
+    assert "A &lt;title&gt;" in text
+    assert set(re.findall(r"(?:src|href)=(.{6})", text)) == {"'data:"}
+    assert "data:image/png;base64," in text
+    assert text.count("diverged") == 4  # two among the runs, two among those not done
+    assert "optim.learning_rate = 0.01" in text
+
+
+def test_nothing_is_trained_for_a_study_that_cannot_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "run_group", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="learning_rate"):
+        slm.study.ablate(tiny(tmp_path), {"optim.learning_rte": [1e-3]}, seeds=1, folder=tmp_path / "cells")
+    with pytest.raises(ConfigError, match="seeds"):
+        slm.study.ablate(tiny(tmp_path), {"optim.learning_rate": [1e-3]}, seeds=0, folder=tmp_path / "cells")
