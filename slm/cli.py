@@ -22,7 +22,11 @@ def train_command(arguments: Sequence[str]) -> int:
 
 
 def _run(command: "Command") -> None:
-    if command.dry_run:
+    if command.sweep is not None:
+        from slm.study.sweep import sweep
+
+        sweep(command.experiment, command.sweep, command.seeds, command.processes)
+    elif command.dry_run:
         from slm.training.dry_run import dry_run
 
         dry_run(command.experiment, command.devices)
@@ -41,6 +45,13 @@ class Command:
     """Compile the train step for `devices` devices, print parameters, memory and FLOPs, and train nothing."""
     devices: int = 1
     """Number of devices that --dry-run pretends to have."""
+    sweep: str | None = None
+    """Train every combination of these instead, as slm.study.ablate does, and print their table: "FIELD=VALUE,VALUE
+    FIELD=VALUE,VALUE"; + joins the values of one field, as in model.attention=softmax,gla+gla+softmax."""
+    seeds: int = 3
+    """Seeds of each combination of --sweep, from 0."""
+    processes: int = 0
+    """Runs of --sweep at a time, in processes of their own; 0: all in this one."""
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -72,7 +83,7 @@ def parse(arguments: Sequence[str]) -> Command:
         default=Arguments(default),
         args=arguments,
     )
-    return Command(check(parsed.experiment), parsed.dry_run, parsed.devices)
+    return replace(parsed, experiment=check(parsed.experiment))
 
 
 def _without_model(cfg: Experiment) -> Experiment:

@@ -1,6 +1,5 @@
 """The command line of eval.py: scores on held-out text or any source, samples, and chats."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from rich.text import Text
 from slm.errors import DataError, SlmError, exit_code
 from slm.evaluation.bits_per_byte import check_sizes, eval_step_of, evaluate_batches
 from slm.evaluation.generate import check_draft, generate
+from slm.evaluation.held_out import text_of
 from slm.evaluation.opening import open_model
 from slm.evaluation.terminal import converse
 from slm.models.language_model import LanguageModel
@@ -30,9 +30,12 @@ and scores only if --source is given too. With --chat: a conversation, if the mo
 class Arguments:
     """What eval.py was asked to do."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = ""
     """Folder of a run, such as runs/quickstart, or of a saved model; or a Hugging Face folder, or
     a .gguf file."""
+    compare: tuple[str, ...] = ()
+    """Instead of MODEL: score all of these on the same text and print a table of what differs, with intervals. Runs
+    that differ in their seed alone are one row. The first is what the others are compared with."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="latest|best|STEP")] = "latest"
     """Which of the run's checkpoints; best: the one of lowest validation loss."""
     source: str | None = None
@@ -103,6 +106,14 @@ def run(arguments: Arguments) -> None:
     from slm.training.compilation import enable_compilation_cache
 
     check(arguments)
+    if arguments.compare:
+        from slm.study.comparing import compare_runs
+
+        table = compare_runs(arguments.compare, arguments.source, arguments.batch_size)
+        print(table)
+        if arguments.json is not None:
+            arguments.json.write_text(table.json())
+        return
     if arguments.json is not None and not arguments.json.parent.is_dir():
         raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     model = open_model(arguments.run, arguments.checkpoint)
@@ -157,37 +168,8 @@ def write(model: LanguageModel, path: Path) -> Path:
 
 def score(model: LanguageModel, arguments: Arguments) -> tuple[str, dict[str, Any]]:
     """(name of what was scored, its scores); see slm.evaluation.bits_per_byte.evaluate_batches."""
-    from slm.data.evaluation import open_evaluation, whole_corpus
-    from slm.data.pipeline import open_data
-    from slm.data.sources import open_source
-    from slm.interop.saved import is_saved
-    from slm.training.run import data_fingerprint
-
     check_sizes(model, arguments.batch_size, arguments.sequence_length)
-    data, seed, spec = model.config.data, model.config.seed, arguments.source
-    if arguments.sequence_length is not None:
-        data = dataclasses.replace(data, sequence_length=arguments.sequence_length, validation_length=None)
-    if spec is None and (model.origin is not None or is_saved(Path(arguments.run))):
-        raise DataError(f"{arguments.run} is no run of ours, so no text of it is held out: name a --source to score on")
-    if spec is None:
-        trained = open_data(model.config.data, seed, model.tokenizer)
-        if trained.validation is None:
-            raise DataError(f"{arguments.run} held nothing out from training: name a --source to score on")
-        if trained.fingerprint != data_fingerprint(arguments.run, model.config):
-            raise DataError(
-                f"the data of {arguments.run} has changed since training, so what would be held out now may have been "
-                "trained on: restore it, or name a --source to score on"
-            )
-        # The fingerprint depends on the windows' length, the split does not.
-        same = data == model.config.data
-        evaluation = (trained if same else open_data(data, seed, model.tokenizer)).validation
-        name = f"held out from {evaluation.name}" if not data.validation else evaluation.name
-    else:
-        # Unlike slm.evaluate, which also takes text, a misspelt source must not be scored as one.
-        what = spec if spec.startswith("synthetic:") else whole_corpus(open_source(spec, data), data, model.tokenizer)
-        length = data.validation_length or data.sequence_length
-        evaluation = open_evaluation(what, data, model.tokenizer, length, seed)
-        name = evaluation.name
+    name, evaluation = text_of(model, arguments.run, arguments.source, arguments.sequence_length)
     batches = track(
         evaluation.batches(arguments.batch_size),
         total=math.ceil(evaluation.sequences / arguments.batch_size),
@@ -248,6 +230,8 @@ def read_prompts(path: Path) -> list[str]:
 
 def check(arguments: Arguments) -> None:
     """Raises SlmError for what contradicts itself, before a model is loaded."""
+    if bool(arguments.run) == bool(arguments.compare):
+        raise SlmError("which model? python eval.py MODEL, or python eval.py --compare MODEL MODEL ...")
     if arguments.samples < 1:
         raise SlmError(f"--samples {arguments.samples}: must be at least 1")
     if arguments.batch_size < 1:
