@@ -22,7 +22,7 @@ Scores = dict[str, list[np.ndarray]]
 def importance(model: LanguageModel, criterion: str, tokens: np.ndarray | None, seed: int = 0) -> Scores:
     """Scores of everything that can go.
 
-    `activation`: root of the sum of squares that the next matrix reads (Minitron, Muralidharan et al. 2024, section
+    `activation`: sum of squares that the next matrix reads (Minitron, Muralidharan et al. 2024, section
     2.2); `taylor`: change of the loss, by first order, if it were zero, squared and summed over sequences (Molchanov et
     al. 2019); `weight_norm`: of the rows and columns that would go; `random`.
     """
@@ -64,11 +64,11 @@ def _by_activation(model, tokens) -> Scores:
         runs = [layerwise.run(transformer, number, layer, x, squares) for x in xs]
         xs = [x for x, _ in runs]
         seen = jax.tree.map(lambda *a: np.asarray(sum(a)), *(s for _, s in runs))
-        scores[MLP].append(np.sqrt(seen["mlp/down"]) if "mlp/down" in seen else np.zeros(0))
-        scores[HEADS].append(np.sqrt(seen.get("mixer/out", np.zeros(0))))
+        scores[MLP].append(seen["mlp/down"] if "mlp/down" in seen else np.zeros(0))
+        scores[HEADS].append(seen.get("mixer/out", np.zeros(0)))
         for reader in ("mixer/query", "mlp/up"):
             width += seen.get(reader, 0)
-    scores[WIDTH] = [np.sqrt(width)]
+    scores[WIDTH] = [width]
     return scores
 
 
