@@ -17,8 +17,9 @@ from slm.errors import ConfigError
 from slm.models import layerwise
 from slm.models.counts import parameter_counts
 from slm.models.language_model import LanguageModel
+from slm.models.paths import flat
 from slm.models.transformer import Transformer
-from slm.training.transforms import flat, replaced
+from slm.training.transforms import replaced
 
 BASE = {"vocab_size": 50, "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 48}
 MODELS = {

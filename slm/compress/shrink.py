@@ -20,9 +20,9 @@ from slm.models.language_model import LanguageModel
 from slm.models.layers import mlp_width as width_of_mlp
 from slm.models.mixers import head_dim, layers
 from slm.models.mixers.softmax import SoftmaxMixer
+from slm.models.paths import flat, nested
 from slm.models.quantized import check_float_weights
 from slm.models.transformer import Transformer
-from slm.training.transforms import flat, nested
 
 KNOW_THEIR_DEPTH = ("lightning", "hgrn2", "performer", "differential")
 """Parts of names of mechanisms that compute with the number of their layer."""
