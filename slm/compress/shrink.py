@@ -25,7 +25,7 @@ from slm.models.quantized import check_float_weights
 from slm.models.transformer import Transformer
 
 KNOW_THEIR_DEPTH = ("lightning", "hgrn2", "performer", "differential")
-"""Parts of names of mechanisms that compute with the number of their layer."""
+"""Mechanisms whose outputs depend on the number of their layer. Those of RWKV only begin by it."""
 
 
 def shrink(
@@ -105,10 +105,10 @@ def with_layers(cfg: ModelConfig, keep: tuple[int, ...], wanted: int | None = No
         return cfg
     every = layers(cfg)
     for number in keep:
-        if any(part in every[number].mechanism for part in KNOW_THEIR_DEPTH):
+        if every[number].mechanism in KNOW_THEIR_DEPTH:
             raise ConfigError(
-                f"shrink.layers: layers of {every[number].mechanism} compute with their number, so others cannot go; "
-                "shrink widths instead"
+                f"shrink.layers, shrink.keep_layers: layers of {every[number].mechanism} compute with their number and "
+                "that of all, so none can go; shrink mlp_width instead"
             )
     own = {
         name: tuple(values[number] for number in keep)
