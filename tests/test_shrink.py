@@ -172,7 +172,10 @@ def program(mechanism, number, deep):
     jaxpr, shape = jax.make_jaxpr(lambda params, x: module.apply(params, x, context)[0], return_shape=True)(params, x)
     assert shape.shape == x.shape
     consts = [np.asarray(a) for a in jaxpr.consts]
-    return jax.jit(lambda: module.apply(params, x, context)[0]), (str(jaxpr.jaxpr), [(a.shape, a.tobytes()) for a in consts])
+    return jax.jit(lambda: module.apply(params, x, context)[0]), (
+        str(jaxpr.jaxpr),
+        [(a.shape, a.tobytes()) for a in consts],
+    )
 
 
 def test_mechanisms_that_compute_with_their_number_are_known():
