@@ -62,7 +62,7 @@ def measure(job: dict) -> dict:
 
     import slm
     from slm.compress.targets import matrices
-    from slm.training.transforms import flat
+    from slm.models.paths import flat
 
     model = slm.from_pretrained(job["gguf"], dtype=jnp.float32)
     tokens = {part: np.load(Path(job["folder"]) / f"{part}.npy") for part in ("test", "valid")}

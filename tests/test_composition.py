@@ -20,11 +20,12 @@ from slm.config import (
     check,
     override,
 )
+from slm.models.paths import flat, nested
 from slm.models.transformer import Transformer
 from slm.training import step
 from slm.training.mesh import make_mesh
 from slm.training.step import Techniques
-from slm.training.transforms import ParamTransform, flat, nested, replaced
+from slm.training.transforms import ParamTransform, replaced
 
 B, T, V, STEPS = 8, 16, 29, 30
 BASE = Experiment(

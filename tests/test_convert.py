@@ -13,10 +13,10 @@ from slm.config import ConvertConfig, DistillConfig, Experiment, ModelConfig, ov
 from slm.errors import ConfigError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
+from slm.models.paths import flat
 from slm.models.transformer import Transformer
 from slm.training.objective import plain_objective
 from slm.training.step import Techniques
-from slm.training.transforms import flat
 
 SMALL = ModelConfig(vocab_size=50, layers=5, width=32, heads=4, kv_heads=2)
 

@@ -16,9 +16,10 @@ from slm.config import check, override
 from slm.errors import ConfigError
 from slm.models.counts import abstract_parameters
 from slm.models.language_model import LanguageModel
+from slm.models.paths import flat
 from slm.models.quantized import dequantized
 from slm.training.step import Techniques
-from slm.training.transforms import flat, straight_through
+from slm.training.transforms import straight_through
 
 STEPS, MORE = 300, 100
 HOW = {

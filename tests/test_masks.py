@@ -14,10 +14,10 @@ from slm.compression import PruneConfig, prune_end
 from slm.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig, check, override
 from slm.errors import ConfigError
 from slm.models.counts import abstract_parameters
+from slm.models.paths import flat
 from slm.training import step
 from slm.training.mesh import make_mesh
 from slm.training.step import Techniques
-from slm.training.transforms import flat
 
 B, T, V = 4, 12, 31
 BASE = Experiment(

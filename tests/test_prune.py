@@ -16,8 +16,9 @@ from slm.compress.second_order import sparsegpt
 from slm.config import Experiment, ModelConfig, PruneConfig
 from slm.errors import ConfigError, DataError
 from slm.models.language_model import LanguageModel, answers
+from slm.models.paths import flat
 from slm.models.transformer import Transformer
-from slm.training.transforms import flat, replaced
+from slm.training.transforms import replaced
 
 V, T = 96, 32
 CFG = ModelConfig(vocab_size=V, layers=2, width=48, heads=2, mlp_width=112)

@@ -11,14 +11,16 @@ from tiny_learner import built, held_out, teacher, text_batches
 
 import slm
 from slm.compress.importance import block_influence
-from slm.compress.shrink import shrunk_config
-from slm.config import Experiment, ModelConfig, ShrinkConfig
+from slm.compress.shrink import KNOW_THEIR_DEPTH, shrunk_config
+from slm.config import Experiment, MixerConfig, ModelConfig, ShrinkConfig
 from slm.errors import ConfigError
 from slm.models import layerwise
 from slm.models.counts import parameter_counts
 from slm.models.language_model import LanguageModel
+from slm.models.mixers import MIXERS, layers, mixer
+from slm.models.paths import flat
 from slm.models.transformer import Transformer
-from slm.training.transforms import flat, replaced
+from slm.training.transforms import replaced
 
 BASE = {"vocab_size": 50, "layers": 4, "width": 32, "heads": 8, "kv_heads": 4, "mlp_width": 48}
 MODELS = {
@@ -28,7 +30,16 @@ MODELS = {
     "sandwich, zero-centred": {"residual": "sandwich", "norm": "zero_centered_rmsnorm"},
     "gate, sinks": {"attention": ("gated_softmax", "sink_softmax")},
     "parallel": {"residual": "parallel"},
-}
+    "shared norm, low-rank gates": {
+        "attention": ("gated_softmax",), "residual": "parallel_shared", "bias": ("qkv", "out", "mlp"),
+        "mixer": MixerConfig(gate_rank=32),  # as wide as the stream, which it is not
+    },
+    "post, tables, scales": {
+        "residual": "post", "position": "learned", "max_length": 16, "token_types": 2, "embedding_norm": True,
+        "embedding_scale": 3.0, "residual_scale": 0.7, "logit_divisor": 2.0, "bias": ("head",), "tied": False,
+    },
+    "large epsilon": {"norm_eps": 0.3},
+}  # fmt: skip
 TOKENS = np.arange(5 * 16).reshape(5, 16) * 7 % 50
 
 
@@ -64,6 +75,29 @@ def zero(model, path, keep, axis):
         gone = np.setdiff1d(np.arange(leaves[name].shape[axis]), keep[layer])
         np.swapaxes(leaves[name][index], 0, axis - 1)[gone] = 0
     return leaves
+
+
+def off_the_stream(model, gone, leaves=()):
+    """Parameters, some of them given, in which nothing writes to these channels of the stream."""
+    found = dict(leaves)
+    for path, leaf in flat(model.params).items():
+        # Whatever writes to the stream; in a sandwich, the norms behind it.
+        if path.startswith("embed/") or path.split("/")[-2] in ("out", "down", "attention_post_norm", "mlp_post_norm"):
+            found[path] = np.array(found.get(path, leaf))
+            centred = path.endswith("scale") and model.config.model.norm == "zero_centered_rmsnorm"
+            found[path][..., gone] = -1 if centred else 0
+    return found
+
+
+def of_groups(model, small, number):
+    """Rows of a layer's `out` of the groups of heads that the smaller model has kept."""
+    was, now = (layers(m.config.model)[number].cfg for m in (model, small))
+    (a, i), (b, j) = (stacks(m, "mixer/value/bias")[number] for m in (model, small))
+    kept = np.isin(np.asarray(flat(model.params)[a][i]), np.asarray(flat(small.params)[b][j]))
+    groups = np.flatnonzero(kept)[::4] // 4
+    assert len(groups) == now.kv_heads
+    size = was.heads // was.kv_heads * 4
+    return (groups[:, None] * size + np.arange(size)).reshape(-1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -108,18 +142,9 @@ def test_channels_of_the_stream(name):
     model = made(**MODELS[name])
     small = slm.shrink(model, width=24, criterion="weight_norm")
     keep = kept_columns(np.asarray(model.params["embed"]["embedding"]), np.asarray(small.params["embed"]["embedding"]))
-    gone = np.setdiff1d(np.arange(32), keep)
-    zeroed = {}
-    for path, leaf in flat(model.params).items():
-        # Whatever writes to the stream; in a sandwich, the norms behind it.
-        if path.split("/")[-2] in ("embed", "out", "down", "attention_post_norm", "mlp_post_norm"):
-            leaf = np.array(leaf)
-            centred = path.endswith("scale") and model.config.model.norm == "zero_centered_rmsnorm"
-            leaf[..., gone] = -1 if centred else 0
-            zeroed[path] = leaf
-    compare_with_zeros(model, small, zeroed)
+    compare_with_zeros(model, small, off_the_stream(model, np.setdiff1d(np.arange(32), keep)))
     assert small.config.model.width == 24
-    assert small.config.model.norm_eps == pytest.approx(1e-6 * 32 / 24)
+    assert small.config.model.norm_eps == pytest.approx(model.config.model.norm_eps * 32 / 24)
 
 
 def test_layers_go_by_number_and_keep_their_mechanism():
@@ -133,6 +158,67 @@ def test_layers_go_by_number_and_keep_their_mechanism():
         x, _ = layerwise.run(model.transformer, number, layer, x)
     want = model.transformer.logits(model.params, model.transformer.final(model.params, x))
     np.testing.assert_allclose(slm.logits(small, TOKENS), want, rtol=1e-4, atol=1e-4)
+
+
+def program(mechanism, number, deep):
+    """What a layer computes, as (function of parameters and x, its arguments, its text, its constants)."""
+    settings = {"feature_dim": 8} if mechanism == "performer" else {}
+    cfg = ModelConfig(50, deep, 32, attention=(mechanism,), mixer=MixerConfig(**settings))
+    layer, x = layers(cfg)[1], np.random.default_rng(0).normal(size=(1, 16, 32)).astype(np.float32)
+    context = Transformer(cfg).context(jnp.arange(16)[None], None).replace(layer=number)
+    module, rng = mixer(mechanism, layer.cfg, jnp.float32), np.random.default_rng(1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, context)
+    params = jax.tree.map(lambda a: rng.normal(0, 0.3, a.shape).astype(np.float32), shapes)
+    jaxpr, shape = jax.make_jaxpr(lambda params, x: module.apply(params, x, context)[0], return_shape=True)(params, x)
+    assert shape.shape == x.shape
+    consts = [np.asarray(a) for a in jaxpr.consts]
+    return jax.jit(lambda: module.apply(params, x, context)[0]), (
+        str(jaxpr.jaxpr),
+        [(a.shape, a.tobytes()) for a in consts],
+    )
+
+
+def test_mechanisms_that_compute_with_their_number_are_known():
+    """All others say the same at another depth of another model: their programs are the same, or at least the sums."""
+    of_class = {row.mixer: name for name, row in MIXERS.items()}
+    found = set()
+    for name in of_class.values():
+        (here, one), (there, other) = program(name, 1, 4), program(name, 2, 3)
+        if one != other and not np.array_equal(here(), there()):
+            found.add(name)
+    assert found == set(KNOW_THEIR_DEPTH)
+
+
+def test_layers_with_sizes_of_their_own_lose_layers_and_then_parts():
+    changes = {"layer_heads": (8, 4, 8, 2), "layer_kv_heads": (4, 2, 2, 2), "layer_mlp_widths": (48, 40, 30, 20)}
+    model = made(first_norm=False, bias=("qkv",), attention=("window", "softmax", "softmax"), **changes)
+    for keep in ((0, 2, 3), (1, 3)):
+        small = slm.shrink(model, keep_layers=keep)
+        m = small.config.model
+        assert m.first_norm == (keep[0] != 0)  # only the first layer lacks the norm
+        assert m.layer_mlp_widths == tuple(changes["layer_mlp_widths"][number] for number in keep)
+        x = layerwise.enter(model.transformer, model.params, jnp.asarray(TOKENS))
+        for number in keep:
+            layer = layerwise.layer_params(model.params, layerwise.places(model.transformer)[number])
+            x, _ = layerwise.run(model.transformer, number, layer, x)
+        want = model.transformer.logits(model.params, model.transformer.final(model.params, x))
+        np.testing.assert_allclose(slm.logits(small, TOKENS), want, rtol=1e-4, atol=1e-4)
+    # Groups of 2, 2, 4 and 1 query heads: fewer groups keep that, each layer its own.
+    small = slm.shrink(model, kv_heads=(2, 1, 1, 2), width=24, criterion="random")
+    assert small.config.model.layer_heads == (4, 2, 4, 2)
+    wider = zero(model, "mixer/out/kernel", [of_groups(model, small, number) for number in range(4)], 1)
+    keep = kept_columns(np.asarray(model.params["embed"]["embedding"]), np.asarray(small.params["embed"]["embedding"]))
+    compare_with_zeros(model, small, off_the_stream(model, np.setdiff1d(np.arange(32), keep), wider))
+
+
+@pytest.mark.parametrize("mechanism", ["base_conv"])
+@pytest.mark.parametrize("criterion", ["activation", "taylor", "weight_norm"])
+def test_feedforwards_shrink_beside_any_mixer(mechanism, criterion):
+    model = made(attention=(mechanism,), kv_heads=None, layers=2)
+    small = slm.shrink(model, mlp_width=20, criterion=criterion, calibration=TOKENS)
+    whole, part = (np.asarray(m.params["blocks"]["0"]["mlp"]["up"]["kernel"]) for m in (model, small))
+    keep = [kept_columns(a, b) for a, b in zip(whole, part)]
+    compare_with_zeros(model, small, zero(model, "mlp/down/kernel", keep, 1))
 
 
 def test_layers_that_change_nothing_go_first():
@@ -193,6 +279,9 @@ def test_what_matters_is_kept():
     ({}, {"keep_layers": (0, 4)}, "the model has layers 0 to 3"),
     ({"attention": ("gla",), "kv_heads": None}, {"kv_heads": 2}, "not known what goes together in layers of gla"),
     ({"attention": ("gla",), "kv_heads": None}, {"width": 24}, "not known what goes together in layers of gla"),
+    ({}, {"keep_layers": (1, 0, 2, 3)}, "each once, in rising order"),
+    ({}, {"keep_layers": (0, 0)}, "each once, in rising order"),
+    ({"head": "sequence", "labels": 2, "pooling": "mean", "head_activation": "tanh"}, {"width": 24}, "head_activation"),
     ({"attention": ("differential",)}, {"keep_layers": (0, 1)}, "compute with their number"),
     ({"shared_layers": True}, {"mlp_width": 8}, "parameters of their own"),
     ({"mlp": "none", "mlp_width": None}, {"mlp_width": 8}, "no feed-forward"),

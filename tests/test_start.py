@@ -10,9 +10,9 @@ from tiny_run import curve, stop_at, tiny, use_devices
 import slm
 from slm.config import override
 from slm.errors import ConfigError
+from slm.models.paths import flat
 from slm.models.quantized import is_quantized
 from slm.training.loop import train
-from slm.training.transforms import flat
 
 
 @pytest.fixture(scope="module")

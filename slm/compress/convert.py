@@ -18,10 +18,10 @@ from slm.errors import ConfigError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
 from slm.models.mixers import MIXERS, Layer, check_mechanisms, head_dim, layer_pattern, layers, mixer
+from slm.models.paths import flat, nested
 from slm.models.transformer import Transformer
 from slm.training import precision
 from slm.training.objective import Objective
-from slm.training.transforms import flat, nested
 
 
 def convert(

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from slm.compress.quantize import TABLES, quantizable
 from slm.compress.schemes import Scheme
 from slm.config import Experiment, QuantizeConfig
+from slm.models.paths import flat, nested
 from slm.models.quantized import spread
 from slm.models.quantized_products import RoundedInputs
-from slm.training.transforms import ParamTransform, flat, nested, replaced, straight_through
+from slm.training.transforms import ParamTransform, replaced, straight_through
 
 Schemes = dict[str, tuple[Scheme, int]]
 """Name of a matrix to its grid and the axis of its inputs."""

@@ -22,7 +22,7 @@ Scores = dict[str, list[np.ndarray]]
 def importance(model: LanguageModel, criterion: str, tokens: np.ndarray | None, seed: int = 0) -> Scores:
     """Scores of everything that can go.
 
-    `activation`: root of the sum of squares that the next matrix reads (Minitron, Muralidharan et al. 2024, section
+    `activation`: sum of squares that the next matrix reads (Minitron, Muralidharan et al. 2024, section
     2.2); `taylor`: change of the loss, by first order, if it were zero, squared and summed over sequences (Molchanov et
     al. 2019); `weight_norm`: of the rows and columns that would go; `random`.
     """
@@ -64,11 +64,11 @@ def _by_activation(model, tokens) -> Scores:
         runs = [layerwise.run(transformer, number, layer, x, squares) for x in xs]
         xs = [x for x, _ in runs]
         seen = jax.tree.map(lambda *a: np.asarray(sum(a)), *(s for _, s in runs))
-        scores[MLP].append(np.sqrt(seen["mlp/down"]) if "mlp/down" in seen else np.zeros(0))
-        scores[HEADS].append(np.sqrt(seen.get("mixer/out", np.zeros(0))))
+        scores[MLP].append(seen["mlp/down"] if "mlp/down" in seen else np.zeros(0))
+        scores[HEADS].append(seen.get("mixer/out", np.zeros(0)))
         for reader in ("mixer/query", "mlp/up"):
             width += seen.get(reader, 0)
-    scores[WIDTH] = [np.sqrt(width)]
+    scores[WIDTH] = [width]
     return scores
 
 
@@ -79,8 +79,9 @@ def _of_matrices(model, value) -> Scores:
     for place in layerwise.places(model.transformer):
         layer = jax.tree.map(np.asarray, layerwise.layer_params(model.params, place))
         mixer, mlp = layer["mixer"], layer.get("mlp", {})
-        scores[HEADS].append(value(mixer["out"]["kernel"]).sum(1))
-        width = width + value(mixer["out"]["kernel"]).sum(0)
+        out = value(_out(mixer, len(width)))
+        scores[HEADS].append(out.sum(1))
+        width = width + out.sum(0)
         if mlp:
             columns = sum(value(mlp[name]["kernel"]).sum(0) for name in ("up", "gate") if name in mlp)
             scores[MLP].append(columns + value(mlp["down"]["kernel"]).sum(1))
@@ -89,6 +90,11 @@ def _of_matrices(model, value) -> Scores:
             scores[MLP].append(np.zeros(0))
     scores[WIDTH] = [width]
     return scores
+
+
+def _out(mixer, D: int):
+    """The matrix from heads to the stream; some mixers have none."""
+    return mixer["out"]["kernel"] if "out" in mixer else np.zeros((0, D))
 
 
 def _by_gradient(model, tokens) -> Scores:
@@ -114,7 +120,7 @@ def _of_gradient(transformer: Transformer, params: Any, tokens):
     width = 0.0
     for place in layerwise.places(transformer):
         layer = layerwise.layer_params(products, place)
-        out = layer["mixer"]["out"]["kernel"]
+        out = _out(layer["mixer"], transformer.cfg.width)
         down = layer["mlp"]["down"]["kernel"] if "mlp" in layer else jnp.zeros((0, out.shape[1]))
         scores[HEADS].append(out.sum(1))
         scores[MLP].append(down.sum(1))

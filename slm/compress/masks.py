@@ -14,7 +14,8 @@ from slm.compress.sparsity import keep_masks, random_scores
 from slm.compress.targets import matrices
 from slm.compression import prune_end
 from slm.config import Experiment, PruneConfig
-from slm.training.transforms import Moving, ParamTransform, belonging, flat, nested, replaced, straight_through
+from slm.models.paths import flat, nested
+from slm.training.transforms import Moving, ParamTransform, belonging, replaced, straight_through
 
 MEMORY = 0.9
 """Decay of taylor's running mean of |gradient x weight|."""

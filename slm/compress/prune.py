@@ -22,8 +22,9 @@ from slm.config import Experiment, PruneConfig
 from slm.errors import ConfigError, DataError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
+from slm.models.paths import flat, nested
 from slm.models.quantized import check_float_weights
-from slm.training.transforms import flat, nested, replaced
+from slm.training.transforms import replaced
 
 CALIBRATED = ("wanda", "sparsegpt")
 ONE_SHOT = ("magnitude", "random", *CALIBRATED)

@@ -13,8 +13,9 @@ from slm.compress.targets import matrices
 from slm.errors import ConfigError
 from slm.models.heads import check_next_token
 from slm.models.language_model import LanguageModel
+from slm.models.paths import flat
 from slm.models.quantized import QuantizedMatrix, check_float_weights, dequantized
-from slm.training.transforms import flat, replaced
+from slm.training.transforms import replaced
 
 APART = ("key_up", "value_up", "forget")
 """Parts of names of matrices that layers do more with than multiply by them, or in higher precision."""

@@ -2,18 +2,16 @@
 Minitron, Muralidharan et al. 2024). What comes out is an ordinary model, equal to the one it was cut from with those
 parts at zero.
 
-What must go together: a channel of a feed-forward is a column of `up` and `gate` and a row of `down`; a group of heads
-is its columns of `query`, `key`, `value` (and of a gate), and its rows of `out`; a channel of the residual stream is
-one entry of whatever reads it, writes to it or norms it. Sizes of heads stay, for rotary positions pair their channels.
+What must go together says slm.compress.groups. Sizes of heads stay, for rotary positions pair their channels.
 """
 
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens
+from slm.compress.groups import cut_layer, cut_outside, highest, stream_eps
 from slm.compress.importance import HEADS, MLP, WIDTH, block_influence, importance
 from slm.config import ModelConfig, ShrinkConfig
 from slm.errors import ConfigError
@@ -22,14 +20,12 @@ from slm.models.language_model import LanguageModel
 from slm.models.layers import mlp_width as width_of_mlp
 from slm.models.mixers import head_dim, layers
 from slm.models.mixers.softmax import SoftmaxMixer
+from slm.models.paths import flat, nested
 from slm.models.quantized import check_float_weights
 from slm.models.transformer import Transformer
-from slm.training.transforms import flat, nested
 
-COLUMNS = ("query", "key", "value", "gate")
-"""Matrices of a softmax mixer whose outputs belong to heads; they read the stream."""
 KNOW_THEIR_DEPTH = ("lightning", "hgrn2", "performer", "differential")
-"""Parts of names of mechanisms that compute with the number of their layer."""
+"""Mechanisms whose outputs depend on the number of their layer. Those of RWKV only begin by it."""
 
 
 def shrink(
@@ -89,24 +85,30 @@ def shrunk_config(cfg: ModelConfig, spec: ShrinkConfig) -> ModelConfig:
 
 def check_shrinkable(cfg: ModelConfig) -> None:
     """Raises ConfigError for a model with parts that shrinking does not know."""
-    if cfg.shared_layers or cfg.bottleneck or not cfg.causal:
-        raise ConfigError("shrink: only decoders whose layers have parameters of their own and no bottleneck")
+    for field, value in (("shared_layers", False), ("bottleneck", None), ("causal", True)):
+        if getattr(cfg, field) != value:
+            raise ConfigError(
+                f"shrink: model.{field} = {getattr(cfg, field)}: only decoders whose layers have parameters of their "
+                "own and no bottleneck can be cut; train a smaller model with distillation instead"
+            )
 
 
 def with_layers(cfg: ModelConfig, keep: tuple[int, ...], wanted: int | None = None) -> ModelConfig:
     """`cfg` with these layers alone. Raises ConfigError."""
     if wanted is not None and not 1 <= wanted <= cfg.layers:
         raise ConfigError(f"shrink.layers = {wanted}: the model has {cfg.layers}")
+    if list(keep) != sorted(set(keep)):
+        raise ConfigError(f"shrink.keep_layers = {keep}: numbers of layers from 0, each once, in rising order")
     if any(not 0 <= number < cfg.layers for number in keep):
         raise ConfigError(f"shrink.keep_layers = {keep}: the model has layers 0 to {cfg.layers - 1}")
     if len(keep) == cfg.layers:
         return cfg
     every = layers(cfg)
     for number in keep:
-        if any(part in every[number].mechanism for part in KNOW_THEIR_DEPTH):
+        if every[number].mechanism in KNOW_THEIR_DEPTH:
             raise ConfigError(
-                f"shrink.layers: layers of {every[number].mechanism} compute with their number, so others cannot go; "
-                "shrink widths instead"
+                f"shrink.layers, shrink.keep_layers: layers of {every[number].mechanism} compute with their number and "
+                "that of all, so none can go; shrink mlp_width instead"
             )
     own = {
         name: tuple(values[number] for number in keep)
@@ -141,11 +143,19 @@ def narrowed(cfg: ModelConfig, width=None, mlp_width=None, kv_heads=None) -> Mod
         _check_softmax(cfg, "width")
         if not 1 <= width <= cfg.width:
             raise ConfigError(f"shrink.width = {width}: the model has {cfg.width} channels")
-        if cfg.norm not in ("rmsnorm", "zero_centered_rmsnorm") or cfg.embedding_width or cfg.mlp == "none":
-            raise ConfigError(f"shrink.width = {width}: needs RMSNorm, embeddings of full width and feed-forwards")
-        # The mean of squares is over fewer channels: with this epsilon, norms differ from the old ones by a factor.
-        changes |= {"width": width, "head_dim": head_dim(cfg), "mlp_width": cfg.mlp_width or width_of_mlp(cfg),
-                    "norm_eps": cfg.norm_eps * cfg.width / width} | changes  # fmt: skip
+        for field, ok in (
+            ("norm", cfg.norm in ("rmsnorm", "zero_centered_rmsnorm")),
+            ("embedding_width", not cfg.embedding_width),
+            ("head_activation", cfg.head_activation == "none"),
+        ):
+            if not ok:
+                raise ConfigError(
+                    f"shrink.width = {width}: model.{field} = {getattr(cfg, field)}: needs RMSNorm, embeddings of full "
+                    "width, and no dense layer in front of the head; leave the width, and shrink layers, mlp_width or "
+                    "kv_heads"
+                )
+        same = {"head_dim": head_dim(cfg)} | ({"mlp_width": width_of_mlp(cfg)} if cfg.mlp != "none" else {})
+        changes = {"width": width, "norm_eps": stream_eps(cfg, width)} | same | changes
     return dataclasses.replace(cfg, **changes)
 
 
@@ -165,7 +175,10 @@ def _sizes(name: str, own: str, wanted, now: list[int]) -> dict[str, Any]:
 def _check_softmax(cfg: ModelConfig, field: str) -> None:
     for layer in layers(cfg):
         if not issubclass(layer.mixer, SoftmaxMixer):
-            raise ConfigError(f"shrink.{field}: it is not known what goes together in layers of {layer.mechanism}")
+            raise ConfigError(
+                f"shrink.{field}: it is not known what goes together in layers of {layer.mechanism}; leave this size, "
+                "and shrink layers or mlp_width"
+            )
 
 
 def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
@@ -200,69 +213,18 @@ def _with(model: LanguageModel, cfg: ModelConfig, params: Any) -> LanguageModel:
 
 
 def _narrow_params(model: LanguageModel, smaller: ModelConfig, scores) -> dict:
-    old, D = model.config.model, smaller.width
-    stream = _highest(scores[WIDTH][0], D) if old.width > D else slice(None)
+    old = model.config.model
+    stream = {WIDTH: highest(scores[WIDTH][0], smaller.width)} if smaller.width < old.width else {}
     rows = []
     for number, (was, now, place) in enumerate(
         zip(layers(old), layers(smaller), layerwise.places(model.transformer), strict=True)
     ):
-        leaves = flat(layerwise.layer_params(model.params, place))
-        groups, K = was.cfg.kv_heads or was.cfg.heads, head_dim(was.cfg)
-        kept = now.cfg.kv_heads or now.cfg.heads
-        if kept < groups:
-            by_group = np.square(scores[HEADS][number].reshape(groups, -1)).sum(1)
-            leaves = _without_groups(leaves, _highest(by_group, kept), groups, was.cfg.heads // groups, K)
-        if "mlp/down/kernel" in leaves and width_of_mlp(now.cfg) < len(leaves["mlp/down/kernel"]):
-            leaves = _without_channels(leaves, _highest(scores[MLP][number], width_of_mlp(now.cfg)))
-        rows.append(nested({name: _of_stream(name, leaf, stream, old, D) for name, leaf in leaves.items()}))
+        kept = dict(stream)
+        groups, left = (layer.cfg.kv_heads or layer.cfg.heads for layer in (was, now))
+        if left < groups:
+            kept[HEADS] = highest(scores[HEADS][number].reshape(groups, -1).sum(1), left)
+        if old.mlp != "none" and width_of_mlp(now.cfg) < width_of_mlp(was.cfg):
+            kept[MLP] = highest(scores[MLP][number], width_of_mlp(now.cfg))
+        rows.append(nested(cut_layer(flat(layerwise.layer_params(model.params, place)), kept, old)))
     outer = {name: part for name, part in model.params.items() if name not in model.transformer.groups}
-    outer = nested({name: _of_stream(name, leaf, stream, old, D) for name, leaf in flat(outer).items()})
-    return layerwise.assembled(Transformer(smaller), outer, rows)
-
-
-def _highest(scores: np.ndarray, count: int) -> np.ndarray:
-    """Numbers of the `count` highest, in rising order; of equals the first."""
-    return np.sort(np.argsort(-scores, kind="stable")[:count])
-
-
-def _without_channels(leaves: dict[str, Any], keep: np.ndarray) -> dict[str, Any]:
-    """One layer with these channels of its feed-forward alone."""
-    found = dict(leaves)
-    for name, leaf in leaves.items():
-        if name.split("/")[:2] in (["mlp", "up"], ["mlp", "gate"]):
-            found[name] = leaf[..., keep]
-    return found | {"mlp/down/kernel": leaves["mlp/down/kernel"][keep]}
-
-
-def _without_groups(leaves: dict[str, Any], keep: np.ndarray, groups: int, heads: int, K: int) -> dict[str, Any]:
-    """One layer with these groups of heads alone, of `heads` query heads each."""
-    found = dict(leaves)
-    for name, leaf in leaves.items():
-        parts = name.split("/")
-        if parts[0] != "mixer":
-            continue
-        if parts[1] in COLUMNS:
-            found[name] = leaf.reshape(*leaf.shape[:-1], groups, -1)[..., keep, :].reshape(*leaf.shape[:-1], -1)
-        elif name == "mixer/out/kernel":
-            found[name] = leaf.reshape(groups, heads * K, -1)[keep].reshape(-1, leaf.shape[-1])
-        elif parts[1] == "sink":
-            found[name] = leaf.reshape(groups, -1)[keep].reshape(-1)
-    return found
-
-
-def _of_stream(name: str, leaf, keep, cfg: ModelConfig, D: int):
-    """A parameter with these channels of the residual stream alone."""
-    if isinstance(keep, slice):
-        return jnp.asarray(leaf)
-    parts = name.split("/")
-    if parts[-1] == "scale" and leaf.shape == (cfg.width,) and parts[-2].endswith("norm") and parts[0] != "mixer":
-        factor = (cfg.width / D) ** 0.5
-        kept = leaf[keep]
-        return (1 + kept) * factor - 1 if cfg.norm == "zero_centered_rmsnorm" else kept * factor
-    if parts[-1] == "kernel" and parts[-2] in (*COLUMNS, "up", "gate") and leaf.shape[0] == cfg.width:
-        return leaf[keep]
-    if name.split("/")[0] == "head" and parts[-1] == "kernel":
-        return leaf[keep]
-    if parts[-2] in ("out", "down") or parts[-1] in ("embedding", "position"):
-        return leaf[..., keep]
-    return jnp.asarray(leaf)
+    return layerwise.assembled(Transformer(smaller), nested(cut_outside(flat(outer), stream, old)), rows)

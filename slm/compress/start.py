@@ -19,9 +19,10 @@ from slm.config import Experiment, MixerConfig, from_json
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.starting import agreed, started_from, starting_parameters
 from slm.models.language_model import LanguageModel, Origin
+from slm.models.paths import flat
 from slm.models.quantized import dequantized
 from slm.models.transformer import Transformer
-from slm.training.transforms import flat, replaced
+from slm.training.transforms import replaced
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from slm.errors import ConfigError
-from slm.training.transforms import flat
+from slm.models.paths import flat
 
 INSIDE = ("first", "blocks", "tail")
 """Groups of layers in the parameter tree, whose leaves are stacked: (layers, in, out)."""

@@ -15,6 +15,7 @@ from slm.interop.families.family import Names
 from slm.interop.layout import Link
 from slm.models.counts import abstract_parameters
 from slm.models.mixers import Layer
+from slm.models.paths import flat, nested
 from slm.models.quantized import check_float_weights, is_quantized
 from slm.models.transformer import GROUPS, Transformer
 
@@ -49,8 +50,7 @@ class Bound(NamedTuple):
 
 def leaves(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Every parameter of the model by its path."""
-    flat = jax.tree.leaves_with_path(abstract_parameters(cfg))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    return flat(abstract_parameters(cfg))
 
 
 def bind(cfg: ModelConfig, names: Names) -> list[Bound]:
@@ -133,7 +133,7 @@ def read_parameters(
         if not np.isfinite(buffer.sum(dtype=np.float64)):
             _blame(sources[path], tensors)
         found[path] = place(path, buffer)
-    return _tree(found)
+    return nested(found)
 
 
 def _split(one: Bound, tensors: Tensors):
@@ -163,34 +163,20 @@ def tensors_of(params: Any, bound: list[Bound], dtype: Any) -> Iterator[tuple[st
     Raises ConfigError for quantized weights.
     """
     check_float_weights(params)
-    flat = flat_parameters(params)
+    parts = flat_parameters(params)
     for one in bound:
-        yield one.theirs, tensor_of(flat, one, dtype)
+        yield one.theirs, tensor_of(parts, one, dtype)
 
 
 def flat_parameters(params: Any) -> dict[str, Any]:
     """Parameters by name; quantized matrices are whole."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_quantized)
-    }
+    return flat(params, is_quantized)
 
 
-def tensor_of(flat: dict[str, Any], one: Bound, dtype: Any, view: Callable[[Any], Any] = lambda part: part):
+def tensor_of(parts: dict[str, Any], one: Bound, dtype: Any, view: Callable[[Any], Any] = lambda part: part):
     """The tensor of a link, of `dtype`; `view` gives the array to take of each of its parameters (of one layer)."""
-    parts = (
-        flat[spot.path] if spot.at is None else jax.tree.map(lambda a, at=spot.at: a[at], flat[spot.path])
+    found = (
+        parts[spot.path] if spot.at is None else jax.tree.map(lambda a, at=spot.at: a[at], parts[spot.path])
         for spot in one.places
     )
-    return one.link.join(tuple(np.asarray(jnp.asarray(view(part)).astype(dtype)) for part in parts))
-
-
-def _tree(flat: dict[str, Any]) -> dict:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *folders, leaf = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = value
-    return tree
+    return one.link.join(tuple(np.asarray(jnp.asarray(view(part)).astype(dtype)) for part in found))

@@ -18,6 +18,7 @@ import numpy as np
 
 from slm.errors import CheckpointError, ConfigError
 from slm.models.language_model import LanguageModel
+from slm.models.paths import flat, nested
 from slm.models.quantized import check_float_weights
 
 FUNCTIONS = ("forward", "start", "decode")
@@ -86,7 +87,7 @@ def save_stablehlo(
             name = function.__name__
             exported = jax.export.export(jax.jit(function), platforms=tuple(platforms))(*arguments[name])
             (folder / f"{name}.stablehlo").write_bytes(exported.serialize())
-        save_file({name: np.asarray(leaf) for name, leaf in _flat(model.params)}, folder / WEIGHTS)
+        save_file({name: np.asarray(leaf) for name, leaf in flat(model.params).items()}, folder / WEIGHTS)
         settings = {"batch": batch, "length": length, "platforms": list(platforms), "vocab_size": _rows(model)}
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     except OSError as error:
@@ -96,12 +97,6 @@ def save_stablehlo(
 
 def _rows(model: LanguageModel) -> int:
     return model.config.model.vocab_size
-
-
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in jax.tree.leaves_with_path(tree)
-    ]
 
 
 class Exported:
@@ -117,16 +112,10 @@ class Exported:
                 name: jax.export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes()))
                 for name in FUNCTIONS
             }
-            flat = load_file(folder / WEIGHTS)
+            arrays = load_file(folder / WEIGHTS)
         except Exception as error:  # three formats, each with errors of its own
             raise CheckpointError(f"{folder} is no exported model: {type(error).__name__}: {error}") from error
-        self.weights: dict = {}
-        for name, array in flat.items():
-            *above, leaf = name.split("/")
-            node = self.weights
-            for part in above:
-                node = node.setdefault(part, {})
-            node[leaf] = jnp.asarray(array)
+        self.weights = nested({name: jnp.asarray(array) for name, array in arrays.items()})
 
     def forward(self, tokens) -> jax.Array:
         """(B, T) ids to logits (B, T, V)."""

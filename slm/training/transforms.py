@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slm.training.rules import paths
+from slm.models.paths import flat
 
 ORDER = ("adapter", "mask", "quantize")
 """Names of transforms, in the order in which they are applied."""
@@ -80,23 +80,6 @@ def belonging(tree: Any, params: Any) -> list[str | None]:
         return next((end for end in ends if shapes.get(end) == leaf.shape), None)
 
     return [owner(name, leaf) for name, leaf in flat(tree).items()]
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """Leaves by "/"-joined name, in order: `blocks/0/mixer/query/kernel`."""
-    return dict(zip(paths(tree), jax.tree.leaves(tree), strict=True))
-
-
-def nested(leaves: dict[str, Any]) -> dict:
-    """The inverse of `flat` for trees of dicts."""
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def replaced(params: Any, leaves: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from slm.interop.onnx.convert import convert
 from slm.interop.onnx.graph import IR_VERSION, OPSET, Graph, Parameters, Tensor, constant
 from slm.models.language_model import LanguageModel, answers
 from slm.models.mixers import MIXERS, layer_pattern
+from slm.models.paths import flat
 from slm.models.quantized import check_float_weights
 from slm.models.transformer import Transformer
 
@@ -65,17 +66,14 @@ def save_onnx(
     if model.config.model.position == "learned" and length > model.config.model.max_length:
         raise ConfigError(f"length = {length}: this model has {model.config.model.max_length} learned positions")
     transformer = Transformer(_plain(model.config.model), jnp.float32)
-    flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf, np.float32, order="C")
-        for path, leaf in jax.tree.leaves_with_path(model.params)
-    }
+    weights = {name: np.asarray(leaf, np.float32, order="C") for name, leaf in flat(model.params).items()}
     folder = Path(folder)
     settings = {"batch": batch, "length": length, "vocab_size": model.config.model.vocab_size, "functions": {}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(flat, folder / WEIGHTS)
-        parameters = Parameters(flat, folder / WEIGHTS)
-        params = jax.tree.unflatten(jax.tree.structure(model.params), list(flat.values()))
+        save_file(weights, folder / WEIGHTS)
+        parameters = Parameters(weights, folder / WEIGHTS)
+        params = jax.tree.unflatten(jax.tree.structure(model.params), list(weights.values()))
         for name, (function, arguments) in _functions(transformer, batch, length, cache_dtype).items():
             proto, signature = _model(name, function, params, arguments, parameters, model.config.model)
             (folder / f"{name}.onnx").write_bytes(proto.SerializeToString())
@@ -127,12 +125,12 @@ def _model(name: str, function, params, arguments: dict, parameters: Parameters,
     from onnx import helper
 
     g = Graph(parameters)
-    inputs = {path: Tensor(a.shape, a.dtype, a.shape, path) for path, a in _flat(arguments)}
+    inputs = {path: Tensor(a.shape, a.dtype, a.shape, path) for path, a in flat(arguments).items()}
     results = []
 
     def traced(params, given):
         out = function(params, **given)
-        results.append([path for path, _ in _flat(out)])
+        results.append(list(flat(out)))
         return out
 
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
@@ -150,13 +148,7 @@ def _model(name: str, function, params, arguments: dict, parameters: Parameters,
 
 
 def _in_order(arguments, inputs: dict[str, Tensor]) -> list[Tensor]:
-    return [inputs[path] for path, _ in _flat(arguments)]
-
-
-def _flat(tree: Any) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in jax.tree.leaves_with_path(tree)
-    ]
+    return [inputs[path] for path in flat(arguments)]
 
 
 def _version() -> str:
