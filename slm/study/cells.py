@@ -16,6 +16,8 @@ from slm.training.metrics import read_rows
 from slm.training.run import FREE, METRICS, stored_config
 
 RESULT = "result.json"
+SHORT = {"params": "parameters", "tokens_per_s": "tokens_per_second"}
+"""Names that metrics may also be asked for by."""
 MAKES_NUMBERS = ("attention", "compress", "data", "models", "training")
 """Rooms whose source decides what a run learns; a change in any of them makes new cells."""
 

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from slm.config import flatten
+from slm.study.cells import SHORT
+from slm.study.table_text import columns_of
 
 LOOK = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #666; }
@@ -65,8 +67,6 @@ def environment() -> dict[str, str]:
 
 
 def _result(table: Any) -> str:
-    from slm.study.table_text import columns_of
-
     heads, rows = ["arm"], [[html.escape(arm)] for arm in table.arms]
     for metric in table.metrics:
         more, cells = columns_of(table, metric)
@@ -122,8 +122,6 @@ def _arms(study: Any) -> str:
 
 
 def _runs(study: Any, metrics: Sequence[str]) -> str:
-    from slm.study.study import SHORT
-
     rows = []
     for row in study.rows():
         cells = [row.get(SHORT.get(metric, metric)) for metric in (*metrics, "seconds")]

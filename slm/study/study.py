@@ -17,14 +17,12 @@ from slm.config import Experiment, check, flatten, override
 from slm.errors import ConfigError
 from slm.models.language_model import LanguageModel
 from slm.study import drawing
-from slm.study.cells import Cell, make_cells
+from slm.study.cells import SHORT, Cell, make_cells
 from slm.study.grids import Grid, configs
 from slm.study.matching import Match, matched
 from slm.study.running import Stopped, run_cells
 from slm.study.table import HIGHER_IS_BETTER, Table, make_table
 
-SHORT = {"params": "parameters", "tokens_per_s": "tokens_per_second"}
-"""Names that metrics may be asked for by."""
 FIXED = ("parameters", "non_embedding", "flops_per_token", "state_bytes", "peak_bytes")
 """Metrics that no seed changes."""
 
