@@ -86,6 +86,6 @@ def test_what_was_cut_out_and_taught_beats_a_fresh_start():
 
     broken, fresh = held_out(program, small.params), learned(program.init(jax.random.key(3)))
     found = learned(program.start(jax.tree.map(jnp.array, small.params)))
-    assert before < found < broken
+    assert before < found < before + 0.15, (before, broken, found)
     assert (broken - found) / (broken - before) > 0.6, (before, broken, found)
     assert found < fresh - 0.5, (found, fresh)
