@@ -137,9 +137,9 @@ def test_groups_of_heads(name, sizes):
     compare_with_zeros(model, small, zero(model, "mixer/out/kernel", keep, 1))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "no feed-forward"])
 def test_channels_of_the_stream(name):
-    model = made(**MODELS[name])
+    model = made(**MODELS.get(name, {"mlp": "none", "mlp_width": None}))
     small = slm.shrink(model, width=24, criterion="weight_norm")
     keep = kept_columns(np.asarray(model.params["embed"]["embedding"]), np.asarray(small.params["embed"]["embedding"]))
     compare_with_zeros(model, small, off_the_stream(model, np.setdiff1d(np.arange(32), keep)))
@@ -290,6 +290,28 @@ def test_what_matters_is_kept():
 def test_what_cannot_be_is_refused(changes, how, message):
     with pytest.raises(ConfigError, match=message):
         slm.shrink(made(**changes), calibration=TOKENS, criterion="random", **how)
+
+
+def test_a_group_counts_all_that_it_says():
+    """Weights of many channels, though no single one is large, are more than those of one."""
+    model = made(layers=1)
+    leaves = {"blocks/0/mixer/out/kernel": np.zeros((1, 32, 32), np.float32)}
+    leaves["blocks/0/mixer/out/kernel"][0, 8:16] = 1.0  # the second of four groups
+    leaves["blocks/0/mixer/out/kernel"][0, 25] = 2.0
+    model = dataclasses.replace(model, params=replaced(model.params, leaves))
+    small = slm.shrink(model, kv_heads=1, criterion="weight_norm")
+    np.testing.assert_array_equal(
+        small.params["blocks"]["0"]["mixer"]["value"]["kernel"],
+        model.params["blocks"]["0"]["mixer"]["value"]["kernel"][..., 4:8],
+    )
+
+
+def test_a_model_without_a_next_token_is_measured_by_what_it_says():
+    model = made(head="sequence", labels=2, pooling="mean", layers=2)
+    with pytest.raises(ConfigError, match=r"criterion = taylor: model\.head = sequence"):
+        slm.shrink(model, width=24, criterion="taylor", calibration=TOKENS)
+    small = slm.shrink(model, width=24, mlp_width=20, calibration=TOKENS)
+    assert slm.logits(small, TOKENS).shape == (5, 2)
 
 
 def test_what_is_measured_needs_text():

@@ -192,6 +192,10 @@ def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
 def _shrunk(model: LanguageModel, spec: ShrinkConfig, mlp_width, kv_heads, tokens, seed) -> LanguageModel:
     cfg = model.config.model
     check_shrinkable(cfg)
+    if spec.criterion == "taylor" and cfg.head != "lm":
+        raise ConfigError(
+            f"shrink.criterion = taylor: model.head = {cfg.head} has no loss of the next token; use activation"
+        )
     keep = spec.keep_layers
     if spec.layers is not None and not keep:
         with_layers(cfg, (0,), spec.layers)
