@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # Never training.loop: the loop evaluates, so that would be a circle.
     "evaluation": (
         {"config", "errors", "models", "training.step", "training.loss", "training.precision", "training.mesh"},
-        {"data", "training.run", "training.compilation", "interop", "compress"},
+        {"data", "training.run", "training.compilation", "interop", "compress", "study.comparing"},
     ),
     "interop": ({"config", "errors", "models"}, {"data"}),
     # What training knows of it are values of slm.training.transforms and slm.training.objective.
