@@ -39,7 +39,7 @@ def test_fields():
     assert grid[-1].changes == {
         "model.attention": ("gla", "gla", "softmax"),
         "optim.learning_rate": 3,
-        "data.pack": None,
+        "optim.clip_norm": None,
     }
     for text in ("", "model.width", "model.width=", "a=1 a=2", "=3"):
         with pytest.raises(ConfigError, match="--sweep"):
