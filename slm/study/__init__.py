@@ -13,6 +13,13 @@ import importlib
 _HOME = {
     "Study": "slm.study.study",
     "ablate": "slm.study.study",
+    "attention_map": "slm.study.inside",
+    "influence": "slm.study.inside",
+    "effective_context": "slm.study.inside",
+    "norms": "slm.study.inside",
+    "overview": "slm.study.inside",
+    "draw_map": "slm.study.inside",
+    "compare_runs": "slm.study.comparing",
     "Arm": "slm.study.grids",
     "Grid": "slm.study.grids",
     "arms": "slm.study.grids",
