@@ -13,6 +13,7 @@ from slm.data.cache import digest
 from slm.models.counts import cache_bytes, flops_per_token, parameter_counts
 from slm.training import precision
 from slm.training.metrics import read_rows
+from slm.training.plan import PLAN
 from slm.training.run import FREE, METRICS, stored_config
 
 RESULT = "result.json"
@@ -81,22 +82,24 @@ def make_cells(configs: Mapping[str, Experiment], seeds: Sequence[int], folder: 
     return cells
 
 
-def measured(cell: Cell) -> dict[str, Any]:
+def measured(cell: Cell, together: int = 1) -> dict[str, Any]:
     """Facts about a run that has ended: sizes from its config, scores from its last rows.
 
-    `parameters`, `flops_per_token` (of training); `state_bytes`, what decoding carries for a text of
-    data.sequence_length; `tokens_per_second`, the median of its rows; and the last value of everything in its rows,
+    `parameters`, `flops_per_token` (of training); `peak_bytes`, of a training step on one device, by XLA's account, and
+    `compile_seconds` (of runs in one program, its share); `state_bytes`, what decoding carries for a text of
+    data.sequence_length; `tokens_per_second`, the median of its rows, times the runs that trained
+    `together` in one program, whose speed that is; and the last value of everything in its rows,
     those of validation without their prefix.
     """
     cfg, rows = cell.config, cell.history()
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = json.loads(plan.read_text()) if (plan := cell.folder / PLAN).exists() else {}
     for row in rows:
         facts |= {name.removeprefix("validation_"): value for name, value in row.items()}
     if "validation_loss" in (rows[-1] if rows else {}):
         facts["training_loss"] = rows[-1]["loss"]
     speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
     if speeds:
-        facts["tokens_per_second"] = speeds[len(speeds) // 2]
+        facts["tokens_per_second"] = together * speeds[len(speeds) // 2]
     model = (stored_config(cell.folder) or cfg).model
     dtype = precision.compute_dtype(cfg.train.precision)
     counts = parameter_counts(model)

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from slm.training.checkpoint import Checkpoints
 from slm.training.loop import begin
 from slm.training.metrics import History
 from slm.training.optimizers import make_optimizer
+from slm.training.plan import keep_plan
 from slm.training.progress import Progress
 from slm.training.recorder import Recorder, due
 from slm.training.run import CHECKPOINTS, METRICS, Run, filled_in, finished_run, prepare, resumable
@@ -200,7 +202,7 @@ def _train(lanes: list[_Lane], program) -> bool:
                 lane.took(step, {name: values[i] for name, values in metrics.items()})
 
     steps, step = cfg.train.steps, int(jax.device_get(states.step[0]))
-    start = step
+    start, compiled = step, None
     with StopRequest() as stop, contextlib.closing(prefetch(rows, start, 2)) as batches:
         while True:
             stopping, last = stop.agreed(step, cfg.train.log_every), step >= steps
@@ -222,7 +224,13 @@ def _train(lanes: list[_Lane], program) -> bool:
                             lane.save(state, step, validation)
             if last or stopping or all(lane.error is not None for lane in lanes):
                 break
-            states, metrics = together(numbers, states, jax.device_put(next(batches), batch_place))
+            batch = jax.device_put(next(batches), batch_place)
+            if compiled is None:
+                begun = time.perf_counter()
+                compiled = together.lower(numbers, states, batch).compile()
+                for lane in lanes:
+                    keep_plan(lane.cfg.run_dir, compiled, time.perf_counter() - begun, runs=count)
+            states, metrics = compiled(numbers, states, batch)
             step += 1
             pending.append((step, metrics))
             read(LAG)

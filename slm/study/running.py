@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from slm.data.cache import locked
 from slm.errors import DivergenceError, SlmError
 from slm.study.cells import Cell, measured
 from slm.study.packing import packs, train_pack
+from slm.study.watching import Said, watched
 
 MOST = 16
 """Runs in one program, unless told otherwise. On a CPU, more gain nothing (benchmarks/README.md)."""
 CORES = "SLM_STUDY_CORES"
 """Environment variable with the cores of a worker."""
-Said = Callable[[str], None]
 
 
 class Stopped(Exception):
@@ -54,7 +54,7 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
     todo = list(left.values())
     most = MOST * jax.local_device_count() if pack is None else pack
     groups = [[todo[i] for i in group] for group in packs([cell.config for cell in todo], most)]
-    with _lines(show, sum(map(len, groups)), len(cells) - sum(map(len, groups))) as said:
+    with watched(todo, len(cells) - len(todo), show) as said:
         if processes:
             _in_processes(groups, processes, said)
         else:
@@ -112,7 +112,7 @@ def _train(cells: Sequence[Cell], begun: float) -> bool:
         if error is not None:
             cell.finish("diverged", error=error, seconds=seconds, **packed)
         elif done:
-            cell.finish("done", seconds=seconds, **packed, **measured(cell))
+            cell.finish("done", seconds=seconds, **packed, **measured(cell, len(cells)))
     return not all(done or error is not None for done, error in zip(finished, errors, strict=True))
 
 
@@ -179,28 +179,6 @@ def _line(cell: Cell, result: dict) -> str:
         return f"{name}: {result['status']}: {result['error']}"
     score = next((key for key in ("bits_per_byte", "loss") if key in result), None)
     return f"{name}: {score} {result[score]:.4f}, {result['seconds']:.0f} s"
-
-
-@contextlib.contextmanager
-def _lines(show: bool, left: int, done: int):
-    """A function that says that a cell has ended, with how many are left and when they will be done."""
-    if not show or not left:
-        yield lambda text: None
-        return
-    from slm.training.progress import make_console
-
-    console, start, ended = make_console(True), time.time(), 0
-    if done:
-        console.print(f"{done} of {done + left} runs are done already", soft_wrap=True)
-
-    def said(text: str) -> None:
-        nonlocal ended
-        ended += 1
-        rest = (time.time() - start) / ended * (left - ended)
-        eta = f"; {rest / 60:.0f} min left" if left > ended else ""
-        console.print(f"[{ended}/{left}] {text}{eta}", soft_wrap=True, markup=False)
-
-    yield said
 
 
 def _worker(file: str) -> int:

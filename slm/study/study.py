@@ -6,17 +6,18 @@ runs = slm.study.ablate(base, slm.study.grid({"model.attention": ["softmax", "gl
 print(runs.table("bits_per_byte", "params"))
 """
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from slm.config import Experiment, check, flatten, override
+from slm.config import Experiment, flatten
 from slm.errors import ConfigError
 from slm.models.language_model import LanguageModel
 from slm.study import drawing
+from slm.study.budget import with_seconds, with_tokens
 from slm.study.cells import SHORT, Cell, make_cells
 from slm.study.grids import Grid, configs
 from slm.study.matching import Match, matched
@@ -25,6 +26,8 @@ from slm.study.table import HIGHER_IS_BETTER, Table, make_table
 
 FIXED = ("parameters", "non_embedding", "flops_per_token", "state_bytes", "peak_bytes")
 """Metrics that no seed changes."""
+DEPENDS_ON_PACK = ("tokens_per_second", "peak_bytes", "seconds", "compile_seconds")
+"""Metrics that depend on how many runs trained together."""
 
 
 def ablate(
@@ -33,6 +36,7 @@ def ablate(
     *,
     seeds: int | Sequence[int] = 3,
     tokens: float | None = None,
+    seconds: float | None = None,
     folder: str | Path = "studies",
     match: Literal["parameters", "flops"] | None = None,
     solve: str = "model.width",
@@ -49,7 +53,9 @@ def ablate(
       base: what arms change. The first arm is what the others are compared with, unless one of them changes nothing.
       grid: arms; or field to values, whose product they are (slm.study.grid).
       seeds: how many, from 0, or which. Each seeds initialisation and the order of the data, for all arms alike.
-      tokens: to train each run on, up to a batch; None: base.train.steps.
+      tokens: to train each run on, up to a batch, whatever its batches; None: train.steps as the configs have it.
+      seconds: to train each run for, instead: a short trial of each arm tells how many steps that is, and all seeds get
+        as many. What compilation, evaluation and saving take does not count.
       folder: where cells are kept. Studies may share it: equal cells are trained once.
       match: give all arms as many parameters, or FLOPs a token, as base, by the value of `solve` that comes nearest.
       solve: model.width, model.layers or model.mlp_width.
@@ -59,25 +65,28 @@ def ablate(
 
     Raises ConfigError for an arm that cannot be, DataError for data that cannot be read; nothing has been trained then.
     """
-    if tokens is not None:
-        steps = max(1, math.ceil(tokens / (base.train.batch_size * base.data.sequence_length)))
-        base = check(override(base, {"train.steps": steps}))
+    if tokens is not None and seconds is not None:
+        raise ConfigError("tokens and seconds exclude each other: arms are equal in the one or in the other")
     matches: dict[str, Match] = {}
     if match is None:
         found = configs(base, grid)
     else:
         matches = matched(base, grid, match, solve)
         found = {name: one.config for name, one in matches.items()}
+    unchanged = [name for name, cfg in found.items() if flatten(cfg) == flatten(base)]
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ConfigError(f"seeds = {seeds!r}: give a number above 0, or different seeds")
+    if tokens is not None:
+        found = {name: with_tokens(cfg, tokens) for name, cfg in found.items()}
+    if seconds is not None:
+        found = with_seconds(found, seconds, folder)
     cells = make_cells(found, chosen, folder)
     stopped = False
     try:
         groups = run_cells(cells, processes, pack, show)
     except Stopped:
         stopped, groups = True, []
-    unchanged = [name for name, cfg in found.items() if flatten(cfg) == flatten(base)]
     first = unchanged[0] if unchanged else next(iter(found))
     if show:
         together = sum(len(group) for group in groups if len(group) > 1)
@@ -143,6 +152,7 @@ class Study:
             known = {name for row in self.rows() for name in row}
             metrics = ("bits_per_byte" if "bits_per_byte" in known else "loss", "params")
         results: dict[str, dict[str, Any]] = {arm: {} for arm in self.arms}
+        packs = {row.get("packed", 1) for row in self.rows()}
         for metric in metrics:
             for arm, by_seed in self.values(metric).items():
                 fixed = [value for value in by_seed.values() if value is not None]
@@ -150,7 +160,14 @@ class Study:
                     results[arm][metric] = fixed[0] if fixed else None
                 else:
                     results[arm][metric] = by_seed
-        return make_table(results, metrics, base=self.base, level=level)
+        table = make_table(results, metrics, base=self.base, level=level)
+        if len(packs) > 1 and any(SHORT.get(metric, metric) in DEPENDS_ON_PACK for metric in metrics):
+            note = (
+                f"Programs trained {min(packs)} to {max(packs)} runs at once, so that speeds and bytes of arms do not "
+                "compare: see pack=1."
+            )
+            table = dataclasses.replace(table, notes=(*table.notes, note))
+        return table
 
     def best(self, metric: str = "bits_per_byte") -> LanguageModel:
         """The trained model of the arm with the best mean, and of its seeds the best. Raises ConfigError."""

@@ -32,7 +32,7 @@ from slm.training import precision, rules
 from slm.training.checkpoint import Checkpoints
 from slm.training.compilation import enable_compilation_cache
 from slm.training.metrics import History, trackers
-from slm.training.plan import Plan, make_plan
+from slm.training.plan import Plan, keep_plan, make_plan
 from slm.training.profiler import Profiler
 from slm.training.progress import Progress, make_console, show_plan
 from slm.training.recorder import Recorder, due
@@ -113,6 +113,8 @@ def train(cfg: Experiment) -> Run:
         state, meta = begin(cfg, program, checkpoints, data)
         start = int(state.step)
         plan = make_plan(cfg, program)
+        if main:
+            keep_plan(cfg.run_dir, plan.compiled, plan.compile_seconds)
         show_plan(cfg, plan, data.summary(), console)
         if joined:
             console.print(joined)

@@ -1,8 +1,10 @@
 """What a run will cost, known before step 0: the step is compiled ahead of time from shapes alone."""
 
+import json
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -11,6 +13,9 @@ from slm.models.counts import flops_per_token
 from slm.training import rules
 from slm.training.optimizers import assignments
 from slm.training.step import Program
+
+PLAN = "plan.json"
+"""File of a run folder."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,23 @@ def make_plan(cfg: Experiment, program: Program) -> Plan:
         program=program,
         compiled=compiled,
         compile_seconds=seconds,
-        memory=_memory(compiled),
+        memory=memory_of(compiled),
         parameters=rules.table(params, assignments(cfg.optim, params) | {"sharding": shardings}),
         flops_per_token=flops_per_token(cfg.model, cfg.data.sequence_length)["train"],
     )
 
 
-def _memory(compiled: jax.stages.Compiled) -> Memory | None:
+def keep_plan(run_dir: Path, compiled: jax.stages.Compiled, compile_seconds: float, runs: int = 1) -> None:
+    """Writes what a step of a run takes into its folder; `runs`: how many share the program."""
+    memory = memory_of(compiled)
+    facts = {"compile_seconds": compile_seconds / runs} | (
+        {} if memory is None else {"peak_bytes": memory.total // runs}
+    )
+    (run_dir / PLAN).write_text(json.dumps(facts) + "\n")
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
+    """None where the backend does not say."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
