@@ -1,11 +1,13 @@
 """Three studies with slm.study, at a scale that two cores can afford: what README says of them comes from here.
 
-    python benchmarks/studies.py attention|optimizers|order [--seeds 5] [--folder studies] [--processes 0]
+    python benchmarks/studies.py attention|optimizers|order|chance [--seeds 5] [--folder studies] [--processes 0]
 
 attention: token mixers at equal parameters (the feed-forward's width is solved for), tokens and batches.
 optimizers: optimizers by learning-rate schedules, softmax.
 order: a model of half the layers, half of its weights zero, all in 4 bits, taught by the whole one for a fixed number
   of steps: which comes first?
+chance: does the table cry wolf? 20 seeds of one config split in two at random, many times, must differ as often as the
+  level says; and a learning rate that is truly worse must be found as often as the power of the test says.
 
 In the first two every arm has a learning rate of its own, chosen on a seed that the comparison does not use. Text: the
 sources of Python's library and their documentation, which every Python carries; bits a byte on its held-out documents.
@@ -21,9 +23,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import numpy as np  # noqa: E402
 from pool import machine  # noqa: E402
 
 import slm  # noqa: E402
+from slm.study.student import t_power  # noqa: E402
 
 RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
 SMALL = slm.Experiment(
@@ -88,7 +92,39 @@ def order(how: dict, seeds: int):
     return slm.study.ablate(base, slm.study.arms(arms), seeds=seeds, **how), {}
 
 
-STUDIES = {"attention": attention, "optimizers": optimizers, "order": order}
+def chance(how: dict, seeds: int):
+    short = slm.override(SMALL, {"train.steps": 150, "optim.learning_rate": 4e-3})
+    arms = slm.study.arms({"base": {}, "worse": {"optim.learning_rate": 3.4e-3}})
+    return slm.study.ablate(short, arms, seeds=20, **how), {}
+
+
+def false_alarms(runs, level: float = 0.05, rounds: int = 2000) -> dict:
+    """How often halves of the base's seeds differ; how often n seeds find the other arm, beside what is promised."""
+    base, worse = (np.array(list(runs.values("bits_per_byte")[arm].values())) for arm in runs.arms)
+    chosen, half = np.random.default_rng(0), len(base) // 2
+    alarms = {"welch": 0, "paired": 0}
+    for _ in range(rounds):
+        split = chosen.permutation(len(base))
+        a, b = base[split[:half]], base[split[half:]]
+        alarms["welch"] += slm.study.verdict(slm.study.welch(a, b, resamplings=0)) != "tie"
+        alarms["paired"] += slm.study.verdict(slm.study.paired_difference(a, b, resamplings=0)) != "tie"
+    gaps = worse - base
+    effect, found = gaps.mean() / gaps.std(ddof=1), {}
+    for n in (2, 3, 5, 8):
+        hits = 0
+        for _ in range(rounds):
+            some = chosen.choice(len(base), n, replace=False)
+            difference = slm.study.paired_difference(base[some], worse[some], resamplings=0)
+            hits += slm.study.verdict(difference) == "worse"
+        found[n] = {"found": hits / rounds, "promised": t_power(effect * n**0.5, n - 1, level)}
+    return {
+        "level": level, "rounds": rounds, "alarms": {name: count / rounds for name, count in alarms.items()},
+        "effect": gaps.mean(), "standard_deviation_of_gaps": gaps.std(ddof=1),
+        "standard_deviation_of_seeds": base.std(ddof=1), "power": found,
+    }  # fmt: skip
+
+
+STUDIES = {"attention": attention, "optimizers": optimizers, "order": order, "chance": chance}
 
 
 def main():
@@ -114,6 +150,9 @@ def main():
         "matched": {name: str(one) for name, one in runs.matches.items()},
         "machine": machine(), "date": str(date.today()),
     }  # fmt: skip
+    if options.study == "chance":
+        record["chance"] = false_alarms(runs)
+        print(json.dumps(record["chance"], indent=1))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"study_{options.study}.json").write_text(json.dumps(record, indent=1) + "\n")
     runs.report(options.out / f"study_{options.study}.html", f"Study: {options.study}", metrics)

@@ -173,18 +173,21 @@ def non_zero(params: Any) -> int:
 
 def plot_sizes(models: Sequence[Measured], path: str | Path | None = None) -> Any:
     """Quality against size: bits per byte over bytes on disk, a point a model; matplotlib's axes, saved if asked to."""
-    import matplotlib.pyplot as plt
+    from slm.evaluation import style
 
-    fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    for one in models:
+    ax = style.axes()
+    for number, one in enumerate(models):
         x = one.bytes_on_disk / 1e6
-        ax.errorbar(x, one.bits_per_byte, one.bits_per_byte_stderr, fmt="o", capsize=3)
-        ax.annotate(one.name, (x, one.bits_per_byte), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        look = style.look(number) | {"linestyle": "none", "markersize": 6}
+        ax.errorbar(x, one.bits_per_byte, one.bits_per_byte_stderr, capsize=3, **look)
+        ax.annotate(one.name, (x, one.bits_per_byte), xytext=(6, 5), textcoords="offset points", fontsize=9)
     ax.set(xlabel="size on disk (MB)", ylabel="bits per byte (lower is better)", xscale="log")
-    ax.grid(alpha=0.3)
+    ticks = np.unique([float(f"{one.bytes_on_disk / 1e6:.3g}") for one in models])
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    ax.set_xticks([], minor=True)
     ax.margins(0.15)
     if path is not None:
-        fig.savefig(path, dpi=150)
+        ax.figure.savefig(path, dpi=150)
     return ax
 
 
