@@ -38,6 +38,8 @@ _HOME = {
     "seeds_needed": "slm.study.statistics",
     "verdict": "slm.study.statistics",
     "welch": "slm.study.statistics",
+    "Search": "slm.study.searching",
+    "search": "slm.study.searching",
     "sensitivity": "slm.study.learning_rate",
     "basins": "slm.study.tuning",
     "transfer": "slm.study.tuning",
