@@ -1,5 +1,7 @@
 """Looking into models: maps, influence, context, norms, against what can be computed otherwise."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,13 @@ def test_what_cannot_be_shown_is_said():
     text = slm.study.overview(made(("gla",)))
     assert "embed/embedding" in text
     assert text.splitlines()[-1].startswith("all")
+    assert repr(slm.study.browse(made(("gla",)))) == text
+
+
+def test_treescope_where_it_is(monkeypatch):
+    assert "embedding" in slm.study.browse(made(("gla",)))._repr_html_()
+    monkeypatch.setitem(sys.modules, "treescope", None)
+    assert slm.study.browse(made(("gla",)))._repr_html_() is None
 
 
 def test_a_picture(tmp_path):

@@ -18,6 +18,7 @@ _HOME = {
     "effective_context": "slm.study.inside",
     "norms": "slm.study.inside",
     "overview": "slm.study.inside",
+    "browse": "slm.study.inside",
     "draw_map": "slm.study.inside",
     "compare_runs": "slm.study.comparing",
     "Arm": "slm.study.grids",

@@ -165,6 +165,25 @@ def overview(model: LanguageModel) -> str:
     return "\n".join([repr(model), *(line.rstrip() for line in lines)])
 
 
+class browse:
+    """In a notebook, the parameters as a tree that unfolds, with pictures of their values, by treescope where it is
+    installed; else, and elsewhere, `overview`."""
+
+    def __init__(self, model: LanguageModel):
+        self.model = model
+
+    def __repr__(self) -> str:
+        return overview(self.model)
+
+    def _repr_html_(self) -> str | None:
+        try:
+            import treescope
+        except ModuleNotFoundError:
+            return None
+        with treescope.active_autovisualizer.set_scoped(treescope.ArrayAutovisualizer()):
+            return treescope.render_to_html(jax.device_get(self.model.params))
+
+
 def draw_map(matrix: np.ndarray, labels: Sequence[str] = (), title: str = "") -> Any:
     """A picture of (T, T) weights, rows: outputs, columns: inputs; matplotlib's Figure."""
     from slm.evaluation import style
