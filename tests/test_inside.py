@@ -117,7 +117,7 @@ def test_what_cannot_be_shown_is_said():
 
 
 def test_treescope_where_it_is(monkeypatch):
-    assert "embedding" in slm.study.browse(made(("gla",)))._repr_html_()
+    assert "treescope" in slm.study.browse(made(("gla",)))._repr_html_()
     monkeypatch.setitem(sys.modules, "treescope", None)
     assert slm.study.browse(made(("gla",)))._repr_html_() is None
 
