@@ -92,9 +92,11 @@ def recovered(options, model, small, steps: int, taught: bool, ids: np.ndarray) 
             dir=folder,
             model=slm.ModelConfig(init_from=str(start)),
             distill=slm.DistillConfig(**({"teacher": str(options.model), "alpha": 0.9} if taught else {})),
-            data=slm.DataConfig(source=(str(options.texts / "valid.txt"),), sequence_length=LENGTH),
+            data=slm.DataConfig(
+                source=(str(options.texts / "valid.txt"),), validation_split="tail", sequence_length=LENGTH
+            ),
             optim=slm.OptimConfig(learning_rate=options.rate, warmup_steps=5, weight_decay=0.0, final_ratio=0.0),
-            train=slm.TrainConfig(steps=steps, batch_size=2, evaluate_every=0),
+            train=slm.TrainConfig(steps=steps, batch_size=2, evaluate_every=0, evaluate_sequences=2),
         )
         begun = time.perf_counter()
         run = slm.train(cfg)

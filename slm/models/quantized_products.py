@@ -5,12 +5,13 @@ layers of a scan one at a time is float. On a CPU one row is multiplied in regis
 bytes alone. With 8-bit activations, products are of integers, summed in int32 (W8A8, 2211.10438).
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from slm.models.quantized import QuantizedMatrix
+from slm.models.quantized import GRIDS, QuantizedMatrix
 
 
 def quantized_product(x, matrix: QuantizedMatrix) -> jax.Array:
@@ -19,6 +20,8 @@ def quantized_product(x, matrix: QuantizedMatrix) -> jax.Array:
         return _of_integers(x, matrix).astype(x.dtype)
     if _in_registers(x):
         matrix, x = _here(matrix, x)
+        if (group := _group(matrix)) is not None:
+            return _by_groups(x[0].astype(jnp.float32), matrix, group)[None].astype(x.dtype)
         if _one_scale(matrix):
             return ((matrix.codes() * x[0].astype(jnp.float32)[:, None]).sum(0)[None] * matrix.scale).astype(x.dtype)
         return (matrix.astype(jnp.float32) * x[0].astype(jnp.float32)[:, None]).sum(0)[None].astype(x.dtype)
@@ -36,6 +39,8 @@ def quantized_similarity(x, table: QuantizedMatrix) -> jax.Array:
         if _one_scale(table):
             product = (table.codes() * x[0].astype(jnp.float32)).sum(1)[None]
             return (product * table.scale.T).astype(x.dtype)
+        if GRIDS[table.scheme].bits == 8 and table.scheme != "fp8":
+            return _rows_by_groups(x[0].astype(jnp.float32), table)[None].astype(x.dtype)
         return (table.astype(jnp.float32) * x[0].astype(jnp.float32)).sum(1)[None].astype(x.dtype)
     if _one_scale(table):
         return ((x @ table.codes(x.dtype).T) * table.scale.T).astype(x.dtype)
@@ -95,6 +100,55 @@ def _of_integers(x, matrix: QuantizedMatrix):
         whole = rows_GxNxg.astype(jnp.int32).sum(-1, keepdims=True).astype(jnp.float32)
         found += whole * (matrix.zero.astype(jnp.float32)[:, None] + middle * scale)
     return found.sum(0) * step
+
+
+def _group(matrix: QuantizedMatrix) -> int | None:
+    """Inputs of one block in `_by_groups`; None for a matrix that it cannot take."""
+    bits = GRIDS[matrix.scheme].bits
+    inputs = matrix.values.shape[-2]  # of one of the pieces that a byte holds
+    groups = matrix.scale.shape[-2]
+    if GRIDS[matrix.scheme].table or matrix.scheme == "fp8" or inputs * (8 // bits) != matrix.size:
+        return None
+    group = matrix.size // groups if groups > 1 else math.gcd(inputs, 64)
+    return group if inputs % group == 0 and group > 1 else None
+
+
+def _by_groups(x, matrix: QuantizedMatrix, group: int) -> jax.Array:
+    """x (in,) times matrix (in, out): (out,) float32, codes first, then scales.
+
+    One batched product for each of the pieces that are packed in a byte, into which XLA:CPU fuses the unpacking: eight
+    times as fast as dequantizing first, and faster than a float32 matrix, of which there is more to read.
+    """
+    bits, low = GRIDS[matrix.scheme].bits, GRIDS[matrix.scheme].low
+    pieces, inputs, outputs = 8 // bits, *matrix.values.shape[-2:]
+    x = x.reshape(pieces, inputs // group, group)
+    scale = matrix.scale.astype(jnp.float32)
+    total = []
+    for i in range(pieces):
+        codes = matrix.values if bits == 8 else (matrix.values >> (bits * i)) & (2**bits - 1)
+        codes = codes.reshape(inputs // group, group, outputs).astype(jnp.float32)
+        total.append(jax.lax.dot_general(x[i], codes, (((1,), (1,)), ((0,), (0,)))))
+    products, sums = jnp.concatenate(total), x.sum(-1).reshape(-1, 1)  # (groups, out), (groups, 1)
+    if bits < 8 and matrix.zero is None:
+        products += low * sums
+    if scale.shape[0] == 1:
+        products, sums = products.sum(0, keepdims=True), sums.sum(0, keepdims=True)
+    found = products * scale
+    if matrix.zero is not None:
+        found += sums * matrix.zero.astype(jnp.float32)
+    return found.sum(0)
+
+
+def _rows_by_groups(x, table: QuantizedMatrix) -> jax.Array:
+    """x (D,) times each row of a table (V, D) of 8 bits with scales for groups: (V,) float32."""
+    x = x.reshape(table.scale.shape[1], -1)
+    # Slices instead of an axis of groups, along which XLA:CPU would not vectorise.
+    parts = jnp.split(table.values, len(x), 1)
+    products = jnp.stack([(part.astype(jnp.float32) * own).sum(1) for part, own in zip(parts, x)], 1)
+    found = (products * table.scale.astype(jnp.float32)).sum(-1)
+    if table.zero is not None:
+        found += table.zero.astype(jnp.float32) @ x.sum(-1)
+    return found
 
 
 def _one_scale(matrix: QuantizedMatrix) -> bool:
