@@ -35,7 +35,7 @@ def configs(options, folder: Path):
         model=slm.ModelConfig(layers=options.layers, width=options.width, heads=4),
         data=slm.DataConfig(source=("cpython",), tokenizer="bytes", sequence_length=64, cache=str(folder / "cache")),
         optim=slm.OptimConfig(warmup_steps=10),
-        train=slm.TrainConfig(steps=options.steps, batch_size=options.batch, log_every=10, evaluate_every=0,
+        train=slm.TrainConfig(steps=options.steps, batch_size=options.batch, log_every=5, evaluate_every=0,
                               evaluate_sequences=8),
         log=slm.LogConfig(console=False),
     )  # fmt: skip
