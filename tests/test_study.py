@@ -58,6 +58,7 @@ def test_pictures(runs, tmp_path):
     want = (curves[0][:, 1] + curves[1][:, 1]) / 2
     np.testing.assert_allclose(lines["base"].get_ydata(), want)
     assert len(want) == 4
+    assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
     runs.plot("loss", x="params", path=tmp_path / "points.svg")
     assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "points.svg"}
 

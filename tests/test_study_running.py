@@ -11,7 +11,7 @@ import pytest
 from tiny_run import TIMINGS, stop_at, tiny, use_devices
 
 from slm.config import override, to_json
-from slm.study import packing
+from slm.study import packing, running
 from slm.study.cells import RESULT, make_cells
 from slm.study.running import Stopped, run_cells
 from slm.training import loop
@@ -76,6 +76,15 @@ def test_what_fails_is_a_row(tmp_path):
     # What failed is tried again, what diverged would only diverge again.
     groups = run_cells(cells, show=False)
     assert groups == [[2]]
+
+
+def test_long_runs_train_alone_on_a_cpu(tmp_path, monkeypatch):
+    short = [cell.config for cell in cells_of(tmp_path, RATES)]
+    long = [cell.config for cell in cells_of(tmp_path, RATES, train__steps=10**7)]
+    assert running._packs(long + short, None) == [[0], [1], [2], [3], [4, 5, 6, 7]]
+    assert running._packs(long, 3) == [[0, 1, 2], [3]]
+    monkeypatch.setattr(running.jax, "default_backend", lambda: "gpu")
+    assert running._packs(long, None) == [[0, 1, 2, 3]]
 
 
 def test_too_large_together_is_tried_alone(tmp_path, monkeypatch):

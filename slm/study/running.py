@@ -1,6 +1,7 @@
 """Running the cells of a study: what is done is not done again, what can train together does, what fails is a row."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -15,15 +16,20 @@ from typing import Any
 
 import jax
 
-from slm.config import from_json, override, to_json
+from slm.config import Experiment, from_json, longest_sequence, override, to_json
 from slm.data.cache import locked
+from slm.data.tokenizers import planned_vocabulary
 from slm.errors import DivergenceError, SlmError
+from slm.models.counts import flops_per_token
 from slm.study.cells import Cell, measured
 from slm.study.packing import packs, train_pack
 from slm.study.watching import Said, watched
 
 MOST = 16
-"""Runs in one program, unless told otherwise. On a CPU, more gain nothing (benchmarks/README.md)."""
+"""Runs in one program on one device, unless told otherwise."""
+LONG = 7e11
+"""FLOPs of a run from which on a CPU it trains alone, unless told otherwise: in a program with others it takes about a
+quarter longer, and saves only its compilation (benchmarks/README.md)."""
 CORES = "SLM_STUDY_CORES"
 """Environment variable with the cores of a worker."""
 
@@ -39,7 +45,8 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
       cells: what to run.
       processes: 0: in this one. More: so many at a time, each with its own device where there are several; a process
         that dies takes no other with it.
-      pack: most runs in one program; 1: none together; None: 16 on one device, more on several.
+      pack: most runs in one program; 1: none together; None: 16 on one device, more on several, and on a CPU short runs
+        only.
       show: a line for each group of runs.
 
     Returns:
@@ -52,8 +59,7 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
         if (cell.result() or {}).get("status") not in ("done", "diverged"):
             left.setdefault(cell.config.name, cell)
     todo = list(left.values())
-    most = MOST * jax.local_device_count() if pack is None else pack
-    groups = [[todo[i] for i in group] for group in packs([cell.config for cell in todo], most)]
+    groups = [[todo[i] for i in group] for group in _packs([cell.config for cell in todo], pack)]
     with watched(todo, len(cells) - len(todo), show) as said:
         if processes:
             _in_processes(groups, processes, said)
@@ -62,6 +68,26 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
                 run_group(group, said)
     number = {cell.config.name: i for i, cell in reversed(list(enumerate(cells)))}
     return [[number[cell.config.name] for cell in group] for group in groups]
+
+
+def _packs(cfgs: Sequence[Experiment], pack: int | None) -> list[list[int]]:
+    if pack is not None:
+        return packs(cfgs, pack)
+    groups = packs(cfgs, MOST * jax.local_device_count())
+    if jax.default_backend() != "cpu":
+        return groups
+    return [
+        part
+        for group in groups
+        for part in ([[i] for i in group] if len(group) > 1 and _is_long(cfgs[group[0]]) else [group])
+    ]
+
+
+def _is_long(cfg: Experiment) -> bool:
+    vocabulary = cfg.model.vocab_size or planned_vocabulary(cfg.data.tokenizer, False) or 512
+    model = dataclasses.replace(cfg.model, vocab_size=vocabulary, max_length=longest_sequence(cfg.data))
+    tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.sequence_length
+    return flops_per_token(model, cfg.data.sequence_length)["train"] * tokens > LONG
 
 
 def run_group(cells: Sequence[Cell], said: Said = lambda text: None) -> None:

@@ -59,7 +59,7 @@ def ablate(
       folder: where cells are kept. Studies may share it: equal cells are trained once.
       match: give all arms as many parameters, or FLOPs a token, as base, by the value of `solve` that comes nearest.
       solve: model.width, model.layers or model.mlp_width.
-      pack: most runs in one program; 1: none together; None: as many as usually gain.
+      pack: most runs in one program; 1: none together; None: as many as usually gain (on a CPU, long runs none).
       processes: 0: all in this process; more: so many at a time, each with a device or cores of its own.
       show: a line for each run that ends, with the time that is left.
 
