@@ -56,7 +56,7 @@ def test_a_run_leaves_everything_behind_in_order(tmp_path, monkeypatch):
     assert order == [("row", 4), ("save", 5, tokens * 5 / 6, False), ("row", 6), ("save", 6, tokens, True)]
     assert run.finished
     assert sorted(path.name for path in run.dir.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "tokenizer.json",
+        "checkpoints", "config.json", "metrics.jsonl", "plan.json", "tokenizer.json",
     ]  # fmt: skip
     assert run.history == read_rows(run.dir / "metrics.jsonl")
     for row in run.history:

@@ -29,7 +29,7 @@ from slm.training.checkpoint import Checkpoints
 from slm.training.loop import begin
 from slm.training.metrics import History
 from slm.training.optimizers import make_optimizer
-from slm.training.plan import keep_plan
+from slm.training.plan import keep_plan, memory_of
 from slm.training.progress import Progress
 from slm.training.recorder import Recorder, due
 from slm.training.run import CHECKPOINTS, METRICS, Run, filled_in, finished_run, prepare, resumable
@@ -229,7 +229,7 @@ def _train(lanes: list[_Lane], program) -> bool:
                 begun = time.perf_counter()
                 compiled = together.lower(numbers, states, batch).compile()
                 for lane in lanes:
-                    keep_plan(lane.cfg.run_dir, compiled, time.perf_counter() - begun, runs=count)
+                    keep_plan(lane.cfg.run_dir, memory_of(compiled), time.perf_counter() - begun, runs=count)
             states, metrics = compiled(numbers, states, batch)
             step += 1
             pending.append((step, metrics))

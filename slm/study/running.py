@@ -18,7 +18,6 @@ import jax
 
 from slm.config import Experiment, from_json, longest_sequence, override, to_json
 from slm.data.cache import locked
-from slm.data.tokenizers import planned_vocabulary
 from slm.errors import DivergenceError, SlmError
 from slm.models.counts import flops_per_token
 from slm.study.cells import Cell, measured
@@ -84,6 +83,8 @@ def _packs(cfgs: Sequence[Experiment], pack: int | None) -> list[list[int]]:
 
 
 def _is_long(cfg: Experiment) -> bool:
+    from slm.data.tokenizers import planned_vocabulary
+
     vocabulary = cfg.model.vocab_size or planned_vocabulary(cfg.data.tokenizer, False) or 512
     model = dataclasses.replace(cfg.model, vocab_size=vocabulary, max_length=longest_sequence(cfg.data))
     tokens = cfg.train.steps * cfg.train.batch_size * cfg.data.sequence_length

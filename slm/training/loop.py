@@ -114,7 +114,7 @@ def train(cfg: Experiment) -> Run:
         start = int(state.step)
         plan = make_plan(cfg, program)
         if main:
-            keep_plan(cfg.run_dir, plan.compiled, plan.compile_seconds)
+            keep_plan(cfg.run_dir, plan.memory, plan.compile_seconds)
         show_plan(cfg, plan, data.summary(), console)
         if joined:
             console.print(joined)

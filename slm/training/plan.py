@@ -71,9 +71,8 @@ def make_plan(cfg: Experiment, program: Program) -> Plan:
     )
 
 
-def keep_plan(run_dir: Path, compiled: jax.stages.Compiled, compile_seconds: float, runs: int = 1) -> None:
+def keep_plan(run_dir: Path, memory: Memory | None, compile_seconds: float, runs: int = 1) -> None:
     """Writes what a step of a run takes into its folder; `runs`: how many share the program."""
-    memory = memory_of(compiled)
     facts = {"compile_seconds": compile_seconds / runs} | (
         {} if memory is None else {"peak_bytes": memory.total // runs}
     )
