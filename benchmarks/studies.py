@@ -1,9 +1,9 @@
 """Three studies with slm.study, at a scale that two cores can afford: what README says of them comes from here.
 
-    python benchmarks/studies.py attention|optimizers|order|chance [--seeds 5] [--folder studies] [--processes 0]
+    python benchmarks/studies.py attention|optimizers|order|chance [--seeds 4] [--folder studies] [--processes 2]
 
 attention: token mixers at equal parameters (the feed-forward's width is solved for), tokens and batches.
-optimizers: optimizers by learning-rate schedules, softmax.
+optimizers: optimizers by learning-rate schedules, softmax, at two thirds of the tokens.
 order: a model of half the layers, half of its weights zero, all in 4 bits, taught by the whole one for a fixed number
   of steps: which comes first?
 chance: does the table cry wolf? 20 seeds of one config split in two at random, many times, must differ as often as the
@@ -29,15 +29,8 @@ from pool import machine  # noqa: E402
 import slm  # noqa: E402
 from slm.study.student import t_power  # noqa: E402
 
-RATES = [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]
-SMALL = slm.Experiment(
-    model=slm.ModelConfig(layers=4, width=64, heads=2, mlp_width=192),
-    data=slm.DataConfig(source=("cpython",), tokenizer="bpe:512", sequence_length=128),
-    optim=slm.OptimConfig(warmup_steps=30, schedule="linear", final_ratio=0.0),
-    train=slm.TrainConfig(steps=400, batch_size=16, evaluate_every=100, evaluate_sequences=256, log_every=20),
-    checkpoint=slm.CheckpointConfig(every=200, keep=1),
-)
-MIXERS = ["softmax", "forgetting", "window", "linear", "gla", "mamba2", "gated_delta", "qwen3_next"]
+SMALL = slm.load_config(HERE.parent / "configs" / "tiny.py")
+MIXERS = ["softmax", "forgetting", "window", "gla", "mamba2", "gated_delta", "qwen3_next"]
 
 
 def attention(how: dict, seeds: int):
@@ -46,24 +39,22 @@ def attention(how: dict, seeds: int):
     variants = slm.study.grid({"model.attention": MIXERS}) * windowed
     variants = slm.study.arms({arm.changes["model.attention"][0]: dict(arm.changes) for arm in variants})
     equal = {"match": "parameters", "solve": "model.mlp_width"}
-    best, basins = slm.study.tune(SMALL, variants, RATES[1:5], metric="bits_per_byte", **how, **equal)
+    best, basins = slm.study.tune(SMALL, variants, [2e-3, 4e-3, 8e-3], metric="bits_per_byte", **how, **equal)
     return slm.study.ablate(SMALL, best, seeds=seeds, **how, **equal), basins
 
 
 def optimizers(how: dict, seeds: int):
-    names = ["adamw", "muon", "lion", "adafactor"]
+    base = slm.override(SMALL, {"train.steps": 200})
+    names = ["adamw", "muon", "lion"]
     variants = slm.study.grid({"optim.name": names, "optim.schedule": ["linear", "cosine", "wsd"]})
-    variants += slm.study.arms(
-        {"schedule-free constant": {"optim.name": "schedule_free_adamw", "optim.schedule": "constant"}}
-    )
-    best, basins = slm.study.tune(SMALL, variants, RATES, metric="bits_per_byte", **how)
-    return slm.study.ablate(SMALL, best, seeds=seeds, **how), basins
+    best, basins = slm.study.tune(base, variants, [4e-4, 1.3e-3, 4e-3, 1.2e-2], metric="bits_per_byte", **how)
+    return slm.study.ablate(base, best, seeds=seeds, **how), basins
 
 
 def order(how: dict, seeds: int):
     steps = 200
     whole = slm.study.ablate(
-        slm.override(SMALL, {"optim.learning_rate": 4e-3, "train.steps": 1200}), slm.study.arms({"whole": {}}),
+        slm.override(SMALL, {"train.steps": 1000}), slm.study.arms({"whole": {}}),
         seeds=[7], **how,
     )  # fmt: skip
     teacher = str(whole.cell("whole").folder)
@@ -93,7 +84,7 @@ def order(how: dict, seeds: int):
 
 
 def chance(how: dict, seeds: int):
-    short = slm.override(SMALL, {"train.steps": 150, "optim.learning_rate": 4e-3})
+    short = slm.override(SMALL, {"train.steps": 100, "train.evaluate_every": 100})
     arms = slm.study.arms({"base": {}, "worse": {"optim.learning_rate": 3.4e-3}})
     return slm.study.ablate(short, arms, seeds=20, **how), {}
 
@@ -130,9 +121,9 @@ STUDIES = {"attention": attention, "optimizers": optimizers, "order": order, "ch
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--folder", default="studies")
-    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
     how = {"folder": options.folder, "processes": options.processes}
