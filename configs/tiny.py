@@ -1,7 +1,7 @@
 """What studies vary: a quarter of a million parameters, small enough for many arms and seeds on a laptop.
 
 Command:   python train.py configs/tiny.py
-           python train.py configs/tiny.py --sweep "model.attention=softmax,gla,gated_delta optim.name=adamw,muon" --seeds 3
+           python train.py configs/tiny.py --sweep "model.attention=softmax,gla optim.name=adamw,muon" --seeds 3
 Hardware:  2 CPU cores
 Time:      about a minute for each run
 Expected:  2.3 bits a byte

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from slm.errors import ConfigError
@@ -75,7 +76,8 @@ class PruneConfig:
     sparsity: float = 0.0
     """Share of weights that become zero; N:M patterns have their own."""
     criterion: Literal["magnitude", "random", "movement", "taylor", "wanda", "sparsegpt"] = "magnitude"
-    """What is kept: large weights; any; those that grow (Sanh et al. 2020); large gradient times weight (Molchanov et
+    """What is kept: large weights; any; those that grow (Sanh et al. 2020, who let pruned ones come back: schedule =
+    ste); large gradient times weight (Molchanov et
     al. 2019); large weight times input (Sun et al. 2024); by second order, with an update of the rest (Frantar &
     Alistarh 2023). The last two prune once, before the first step."""
     scope: Literal["layer", "output", "global"] | None = None
@@ -224,11 +226,20 @@ def _check_distill(cfg: Any) -> None:
         f"{cfg.data.sequence_length - 1}",
     )
     _demand(
-        d.self_distill or d.teacher is None or d.teacher != cfg.model.init_from or cfg.shrink.on or cfg.prune.on
+        d.self_distill or not _same(d.teacher, cfg.model.init_from) or cfg.shrink.on or cfg.prune.on
         or cfg.quantize.on or cfg.convert.on,
         f"distill.teacher = {d.teacher!r} is model.init_from itself, and nothing makes the student smaller: set "
         "distill.self_distill if that is meant",
     )  # fmt: skip
+    for field, path in (("teacher", d.teacher), ("cached", d.cached)):
+        _demand(
+            not _same(path, cfg.run_dir), f"distill.{field} = {path!r} is this run's own folder: use another --name"
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether both name one folder or file."""
+    return None not in (one, other) and Path(one).expanduser().absolute() == Path(other).expanduser().absolute()
 
 
 def _check_prune(cfg: Any) -> None:
@@ -240,7 +251,7 @@ def _check_prune(cfg: Any) -> None:
     )
     if not p.on:
         return
-    check_calibrated(p)
+    check_scope(p)
     end = prune_end(cfg)
     one_shot = p.schedule == "one_shot"
     _demand(
@@ -279,8 +290,13 @@ def _check_prune(cfg: Any) -> None:
     )
 
 
-def check_calibrated(p: PruneConfig) -> None:
-    """Raises ConfigError for a scope or a pattern that wanda or sparsegpt cannot have."""
+def check_scope(p: PruneConfig) -> None:
+    """Raises ConfigError for a scope or a pattern that the criterion cannot have."""
+    _demand(
+        not (":" in p.pattern and p.scope is not None),
+        f"prune.scope = {p.scope}: with prune.pattern = {p.pattern} weights compete with those of their group; leave "
+        "scope out",
+    )
     _demand(
         not (p.criterion == "sparsegpt" and p.scope is not None),
         f"prune.scope = {p.scope}: sparsegpt compares within blocks of inputs; leave scope out",

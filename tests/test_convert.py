@@ -35,6 +35,12 @@ def test_the_same_mechanism_changes_nothing():
     assert jax.tree.all(jax.tree.map(np.array_equal, same.params, model.params))
 
 
+def test_quantized_weights_are_refused():
+    model = slm.quantize(made(), "int8")
+    with pytest.raises(ConfigError, match="quantized already"):
+        convert(model, ("gla",))
+
+
 @pytest.mark.parametrize("attention", [("gla", "softmax"), ("hedgehog", "hedgehog", "window"), ("gated_delta",)])
 def test_what_fits_is_taken_over(attention):
     model = made()

@@ -19,7 +19,7 @@ from slm.models.language_model import LanguageModel
 from slm.models.paths import flat
 from slm.models.quantized import dequantized
 from slm.training.step import Techniques
-from slm.training.transforms import straight_through
+from slm.training.transforms import Moving, straight_through
 
 STEPS, MORE = 300, 100
 HOW = {
@@ -98,6 +98,32 @@ def test_rounding_begins_at_its_step():
     name = "blocks/0/mlp/up/kernel"
     np.testing.assert_array_equal(same[name], flat(params)[name])
     assert len(np.unique(other[name][0, :, 0])) <= 4
+
+
+def test_inputs_are_rounded_from_the_same_step_on():
+    cfg = check(override(BASE, HOW["W8A8"] | {"quantize.begin_step": 5}))
+    transform, params = quantize_transform(cfg, abstract_parameters(cfg.model)), trained()[0]
+    before, after = (built(BASE).evaluate(transform.apply(params, {}, {}, step), next(text_batches("train", 3)))
+                     for step in (4, 5))  # fmt: skip
+    plain = built(BASE).evaluate(params, next(text_batches("train", 3)))
+    np.testing.assert_allclose(before["nats"], plain["nats"], atol=1e-6)
+    always = quantize_transform(check(override(BASE, HOW["W8A8"])), abstract_parameters(cfg.model))
+    wanted = built(BASE).evaluate(always.apply(params, {}, {}, 0), next(text_batches("train", 3)))
+    np.testing.assert_allclose(after["nats"], wanted["nats"], atol=1e-6)
+    assert np.abs(after["nats"] - before["nats"]).max() > 1e-4
+
+
+def test_learned_scales_fit_the_weights_of_the_step_at_which_rounding_begins():
+    cfg = check(override(BASE, HOW["lsq"] | {"quantize.begin_step": 5}))
+    transform, params = quantize_transform(cfg, abstract_parameters(cfg.model)), trained()[0]
+    state, learned = transform.init(params), transform.learn(params)
+    assert not any(map(np.any, jax.tree.leaves(learned)))
+    name = "blocks/0/mlp/up/kernel"
+    first = flat(state["scale"])[name]
+    for step, grown, wanted in ((4, 2, 2), (5, 4, 4), (6, 8, 4)):
+        moved = jax.tree.map(lambda p, grown=grown: grown * p, params)
+        state, _ = transform.update(state, Moving(jnp.int32(step), moved, {}, {}, 0))
+        np.testing.assert_allclose(flat(state["scale"])[name], wanted * first, rtol=1e-6)
 
 
 def test_gradients_pass_and_scales_learn():

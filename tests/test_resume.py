@@ -4,14 +4,18 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kills import kill_until
 from tiny_run import curve, stop_at, tiny, use_devices
 
 import slm.training.run as runs
+from slm.compress.schemes import Scheme
 from slm.config import CheckpointConfig, Experiment, override, to_json
 from slm.errors import CheckpointError, ConfigError, DataError
+from slm.models.paths import flat
+from slm.models.quantized import dequantized
 from slm.training import loop, step
 from slm.training.checkpoint import Checkpoints
 from slm.training.loop import train
@@ -60,8 +64,12 @@ def one_device(monkeypatch):
 PRUNING = {"prune.sparsity": 0.5, "prune.criterion": "taylor", "prune.every": 2, "prune.end_step": 11}
 
 
+ROUNDING = {"quantize.scheme": "int4", "quantize.method": "lsq", "quantize.begin_step": 3}
+
+
 @pytest.mark.parametrize(
-    ("devices", "changes"), [(1, {}), (4, {"mesh.fsdp": 2}), (1, PRUNING), (4, PRUNING | {"mesh.fsdp": 2})]
+    ("devices", "changes"),
+    [(1, {}), (4, {"mesh.fsdp": 2}), (1, PRUNING), (4, PRUNING | {"mesh.fsdp": 2}), (4, ROUNDING | {"mesh.fsdp": 2})],
 )
 def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, changes):
     use_devices(monkeypatch, devices)
@@ -81,6 +89,11 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, c
     assert curve(last.history) == curve(whole.history) == curve(read_rows(cfg.run_dir / "metrics.jsonl"))
     assert_same_state(whole.dir, last.dir, 12)
     shipped, average = last.model.params, part_of(last.dir, "ema")
+    if "quantize.scheme" in changes:
+        learned = flat(part_of(last.dir, "extra")["learned"]["quantize"]["change"])
+        assert all(leaf.any() for leaf in learned.values())
+        assert shipped["blocks"]["0"]["mlp"]["up"]["kernel"].scheme == "int4"
+        shipped, average = (tree["embed"] for tree in (shipped, average))
     if "prune.sparsity" in changes:
         mask = part_of(last.dir, "extra")["transforms"]["mask"]["masks"]["blocks"]["0"]["mlp"]["up"]["kernel"]
         assert (~mask).mean() == pytest.approx(0.5, abs=1e-3)
@@ -91,6 +104,24 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, c
     # The two would also be equal if nothing were learnt.
     assert whole.history[-1]["validation_loss"] < whole.history[3]["validation_loss"]
     assert stored_state(last.dir, 9)["['step']"] == 9
+
+
+SCHEDULE_FREE = {"optim.name": "schedule_free_adamw", "optim.schedule": "constant"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"quantize.scheme": "int4"}, {"optim.only": ("blocks/.*",)}])
+def test_the_average_of_schedule_free_is_what_a_run_ships(tmp_path, one_device, changes):
+    run = train(tiny(tmp_path, SCHEDULE_FREE | {"train.steps": 4} | changes))
+    parts = part_of(run.dir, "params", "opt_state")
+    (b1, z), params = (parts["opt_state"][name] for name in ("b1", "z")), flat(parts["params"])
+    average = params | {name: (params[name] - (1 - b1) * leaf) / b1 for name, leaf in flat(z).items()}
+    found = flat(dequantized(run.model.params))
+    for name, leaf in average.items():
+        if "quantize.scheme" in changes and name.startswith("blocks/") and name.endswith("/kernel"):
+            leaf = Scheme("int4").fake(jnp.asarray(leaf), inputs=-2)
+        np.testing.assert_allclose(found[name], leaf, atol=1e-6, err_msg=name)
+    moved = "blocks/0/mlp/up/kernel"
+    assert np.abs(params[moved] - average[moved]).max() > 1e-5
 
 
 def test_a_stop_where_an_evaluation_and_a_save_are_due(tmp_path, monkeypatch, one_device):

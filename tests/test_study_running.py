@@ -87,6 +87,11 @@ def test_long_runs_train_alone_on_a_cpu(tmp_path, monkeypatch):
     assert running._packs(long, None) == [[0, 1, 2, 3]]
 
 
+def test_packing_in_words():
+    assert running.packing_of([[0] * 4] * 2 + [[0] * 3] + [[0]] * 2) == "2 programs of 4 runs, 1 of 3, 2 runs alone"
+    assert running.packing_of([[0]]) == "1 run alone"
+
+
 def test_too_large_together_is_tried_alone(tmp_path, monkeypatch):
     def too_large(cfgs, show):
         raise MemoryError("no room")

@@ -19,6 +19,7 @@ from slm.models import layerwise
 from slm.models.language_model import LanguageModel
 from slm.models.mixers import MIXERS, Layer, check_mechanisms, head_dim, layer_pattern, layers, mixer
 from slm.models.paths import flat, nested
+from slm.models.quantized import check_float_weights
 from slm.models.transformer import Transformer
 from slm.training import precision
 from slm.training.objective import Objective
@@ -35,8 +36,9 @@ def convert(
       switches: fields of model.mixer, for the new layers.
       seed: of the parameters that the model does not have.
 
-    Raises ConfigError for a pattern that the model cannot have.
+    Raises ConfigError for a pattern that the model cannot have, and for quantized weights.
     """
+    check_float_weights(model.params)
     cfg = converted_config(model.config.model, attention, switches)
     params = converted_params(model.transformer, model.params, Transformer(cfg), seed)
     return dataclasses.replace(model, params=params, config=dataclasses.replace(model.config, model=cfg), origin=None)

@@ -61,7 +61,7 @@ def distill_objective(
         alpha, temperature, beta = constants["settings"]
         given = arrays["targets"] >= 0  # not written by the student itself (slm.compress.rollout)
         targets = jnp.where(given, arrays["targets"], ~arrays["targets"])
-        objective, nats, correct = target_losses(logits, targets, cfg.train.z_loss)
+        cross_entropy, nats, correct = target_losses(logits, targets)
         if teacher is None:
             ids, log_probs, log_tail = (arrays[name] for name in CACHED)
             log_p = dense_rows(ids, log_probs, log_tail, common, temperature, distill.missing)
@@ -69,7 +69,9 @@ def distill_objective(
             theirs = chunk_logits(arrays["hidden"], constants["unembedding"], teacher.cfg.logit_softcap)
             log_p = jax.nn.log_softmax(theirs[..., :common] / temperature)
         apart = divergence(logits[..., :common] / temperature, log_p, beta)
-        objective = alpha * temperature**2 * apart + (1 - alpha) * jnp.where(given, objective, 0)
+        objective = alpha * temperature**2 * apart + (1 - alpha) * jnp.where(given, cross_entropy, 0)
+        if cfg.train.z_loss:
+            objective += cfg.train.z_loss * jax.nn.logsumexp(logits, -1) ** 2
         return objective, {"nats": nats, "correct": correct, "divergence": apart}
 
     def apply(params, learned, batch, teacher_params, step):

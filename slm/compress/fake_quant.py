@@ -17,7 +17,7 @@ from slm.config import Experiment, QuantizeConfig
 from slm.models.paths import flat, nested
 from slm.models.quantized import spread
 from slm.models.quantized_products import RoundedInputs
-from slm.training.transforms import ParamTransform, replaced, straight_through
+from slm.training.transforms import Moving, ParamTransform, replaced, straight_through
 
 Schemes = dict[str, tuple[Scheme, int]]
 """Name of a matrix to its grid and the axis of its inputs."""
@@ -38,7 +38,9 @@ def schemes_of(quantize: QuantizeConfig, params: Any) -> Schemes:
 
 
 def quantize_transform(cfg: Experiment, params: Any) -> ParamTransform:
-    """The transform of cfg.quantize. It has no state; with LSQ it learns a scale for each that `Scheme.fit` gives.
+    """The transform of cfg.quantize. It has no state but with LSQ: there {"scale": what `Scheme.fit` gave when rounding
+    began}, and {"change": of each scale, as a share of it} is learned, so that a step of the optimizer means the same
+    for scales of any size.
 
     Args:
       cfg: of the run.
@@ -48,14 +50,19 @@ def quantize_transform(cfg: Experiment, params: Any) -> ParamTransform:
     schemes = schemes_of(quantize, params)
     learns = quantize.method == "lsq"
 
-    def learn(params):
+    def fitted(params):
         leaves = flat(params)
-        scales = {name: scheme.fit(leaves[name], axis)[0] for name, (scheme, axis) in schemes.items()}
-        return {"scale": nested(scales)} if learns else {}
+        return nested({name: scheme.fit(leaves[name], axis)[0] for name, (scheme, axis) in schemes.items()})
+
+    def init(params):
+        return {"scale": fitted(params)} if learns else {}
+
+    def learn(params):
+        return {"change": jax.tree.map(jnp.zeros_like, fitted(params))} if learns else {}
 
     def apply(params, learned, state, step):
         leaves, rounded = flat(params), {}
-        scales = flat(learned["scale"]) if learns else {}
+        scales = _scales(learned, state) if learns else {}
         for name, (scheme, axis) in schemes.items():
             weights = leaves[name]
             if learns:
@@ -63,15 +70,23 @@ def quantize_transform(cfg: Experiment, params: Any) -> ParamTransform:
             else:
                 shown = straight_through(weights, scheme.fake(weights, inputs=axis))
             shown = jnp.where(step >= begin, shown, weights) if begin else shown
-            rounded[name] = RoundedInputs(shown) if scheme.activations == "int8" else shown
+            if scheme.activations == "int8":
+                begun = jnp.full(weights.shape[:-2], step >= begin, jnp.float32) if begin else None
+                shown = RoundedInputs(shown, begun)
+            rounded[name] = shown
         return replaced(params, rounded)
 
-    return ParamTransform(lambda params: {}, apply, learn=learn)
+    def update(state, moving: Moving):
+        if learns and begin:  # scales fit the weights of the step at which rounding begins
+            state = jax.lax.cond(moving.step <= begin, lambda: {"scale": fitted(moving.params)}, lambda: state)
+        return state, moving
+
+    return ParamTransform(init, apply, update, learn)
 
 
-def packed_params(cfg: Experiment, params: Any, learned: dict[str, Any]) -> Any:
+def packed_params(cfg: Experiment, params: Any, learned: dict[str, Any], state: dict[str, Any]) -> Any:
     """What is shipped of parameters before this transform: the weights that it showed, packed."""
-    scales = flat(learned["scale"]) if cfg.quantize.method == "lsq" else {}
+    scales = _scales(learned, state) if cfg.quantize.method == "lsq" else {}
     leaves = flat(params)
     return replaced(
         params,
@@ -80,6 +95,11 @@ def packed_params(cfg: Experiment, params: Any, learned: dict[str, Any]) -> Any:
             for name, (scheme, axis) in schemes_of(cfg.quantize, params).items()
         },
     )
+
+
+def _scales(learned, state):
+    changes = flat(learned["change"])
+    return {name: scale * (1 + changes[name]) for name, scale in flat(state["scale"]).items()}
 
 
 def _learned_steps(scheme: Scheme, weights, scale, axis=-2):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm.compress.sparsity import keep_masks, random_scores
+from slm.compress.sparsity import full_sparsity, keep_masks, random_scores
 from slm.compress.targets import matrices
 from slm.compression import prune_end
 from slm.config import Experiment, PruneConfig
@@ -25,7 +25,8 @@ SPARSE_FROM_THE_START = ("set", "rigl")
 def mask_transform(cfg: Experiment, params: Any) -> ParamTransform:
     """The transform of cfg.prune.
 
-    Its state is {"masks": bool, like the matrices[, "scores": float32]}; scores are those of movement and taylor.
+    Its state is {"masks": bool, like the matrices, "scores": float32 likewise, of movement and taylor, "step": int32
+    (), of the last update}: a step that float16 skips leaves it behind, and the next one makes up for that.
 
     Args:
       cfg: of the run.
@@ -38,6 +39,7 @@ def mask_transform(cfg: Experiment, params: Any) -> ParamTransform:
     hard = prune.schedule != "ste"
     shapes = {name: leaf for name, leaf in flat(params).items() if name in names}
     jax.eval_shape(lambda scores: keep_masks(scores, 0.5, prune.scope, prune.pattern), shapes)
+    whole = full_sparsity(prune.sparsity, prune.pattern)
     learns_scores = prune.criterion in ("movement", "taylor")
 
     def chosen(params):
@@ -50,11 +52,11 @@ def mask_transform(cfg: Experiment, params: Any) -> ParamTransform:
         if prune.criterion in ("wanda", "sparsegpt"):
             masks = {name: w != 0 for name, w in weights.items()}  # pruned before training began
         elif prune.schedule in SPARSE_FROM_THE_START:
-            masks = keep_masks(random_scores(weights, seed), prune.sparsity, prune.scope, prune.pattern)
+            masks = keep_masks(random_scores(weights, seed), whole, prune.scope, prune.pattern)
         elif prune.schedule == "one_shot" and prune.begin_step == 0:
-            masks = keep_masks(_scores(prune, weights, None, seed), prune.sparsity, prune.scope, prune.pattern)
+            masks = keep_masks(_scores(prune, weights, None, seed), whole, prune.scope, prune.pattern)
         scores = {name: jnp.zeros(w.shape, jnp.float32) for name, w in weights.items()} if learns_scores else {}
-        return {"masks": nested(masks), "scores": nested(scores)}
+        return {"masks": nested(masks), "scores": nested(scores), "step": jnp.int32(0)}
 
     def apply(params, learned, state, step):
         masks, weights = flat(state["masks"]), chosen(params)
@@ -69,11 +71,11 @@ def mask_transform(cfg: Experiment, params: Any) -> ParamTransform:
         grads = {name: seen.get(name, seen.get(f"{name}/kernel")) for name in names}  # of RoundedInputs
         if learns_scores:
             scores = {name: _learned_score(prune, scores[name], weights[name], grads[name]) for name in names}
-        changes = _due(prune, end, moving.step)
+        changes = _due(prune, end, state["step"], moving.step)
         if changes is not None:
             make = functools.partial(_new_masks, prune, end, seed, moving.step)
             masks = jax.lax.cond(changes, make, lambda masks, *_: masks, masks, weights, grads, scores)
-        state = {"masks": nested(masks), "scores": nested(scores)}
+        state = {"masks": nested(masks), "scores": nested(scores), "step": moving.step}
         return state, _without(moving, masks) if hard else moving
 
     return ParamTransform(init, apply, update)
@@ -81,24 +83,32 @@ def mask_transform(cfg: Experiment, params: Any) -> ParamTransform:
 
 def sparsity_at(prune: PruneConfig, end: int, step: jax.Array) -> jax.Array:
     """Share of zeros that the schedule asks for after `step` steps: s (1 - (1 - t)^3) (Zhu & Gupta 2018, equation 1),
-    or s t, with t from 0 at begin_step to 1 at end_step."""
+    or s t, with t from 0 at begin_step to 1 at end_step. So N:M patterns too come by one weight of a group after the
+    other (structure decay, Kao et al. 2022)."""
+    whole = full_sparsity(prune.sparsity, prune.pattern)
     if prune.schedule == "one_shot" or prune.schedule in SPARSE_FROM_THE_START:
-        return jnp.where(step >= prune.begin_step, prune.sparsity, 0.0)
+        return jnp.where(step >= prune.begin_step, whole, 0.0)
     t = jnp.clip((step - prune.begin_step) / (end - prune.begin_step), 0, 1)
-    return prune.sparsity * (t if prune.schedule == "iterative" else 1 - (1 - t) ** 3)
+    return whole * (t if prune.schedule == "iterative" else 1 - (1 - t) ** 3)
 
 
-def _due(prune: PruneConfig, end: int, step: jax.Array) -> jax.Array | None:
-    """Whether masks change after `step` steps; None: never again."""
+def _due(prune: PruneConfig, end: int, before: jax.Array, step: jax.Array) -> jax.Array | None:
+    """Whether masks change in one of the steps behind `before`, up to `step`; None: never again."""
+    begin, every = prune.begin_step, prune.every
     if prune.schedule == "one_shot":
-        return None if prune.begin_step == 0 else step == prune.begin_step
-    on_time = (step >= prune.begin_step) & (step <= end) & ((step - prune.begin_step) % prune.every == 0)
-    if prune.schedule in SPARSE_FROM_THE_START:
-        return on_time
-    # The last change is at the end of the schedule whether or not `every` divides it. Straight-through masks follow the
-    # weights as long as they learn.
-    rest = (step > end) & ((step - end) % prune.every == 0) if prune.schedule == "ste" else False
-    return on_time | (step == end) | rest
+        return None if begin == 0 else (before < begin) & (begin <= step)
+
+    def changes(at):
+        """How many have been due after `at` steps."""
+        count = jnp.where(at < begin, 0, (jnp.minimum(at, end) - begin) // every + 1)
+        if prune.schedule in SPARSE_FROM_THE_START:
+            return count
+        # The last is at the end of the schedule whether or not `every` divides it. Straight-through masks follow the
+        # weights as long as they learn.
+        rest = jnp.maximum(at - end, 0) // every if prune.schedule == "ste" else 0
+        return count + (at >= end) + rest
+
+    return changes(step) > changes(before)
 
 
 def _new_masks(prune, end, seed, step, masks, weights, grads, scores):

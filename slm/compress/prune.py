@@ -15,9 +15,9 @@ import numpy as np
 
 from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens, gram, squares, sweep
 from slm.compress.second_order import DAMPING, sparsegpt
-from slm.compress.sparsity import keep_masks, parse_pattern, random_scores
+from slm.compress.sparsity import full_sparsity, keep_masks, parse_pattern, random_scores
 from slm.compress.targets import matrices
-from slm.compression import check_calibrated
+from slm.compression import check_scope
 from slm.config import Experiment, PruneConfig
 from slm.errors import ConfigError, DataError
 from slm.models import layerwise
@@ -73,11 +73,11 @@ def prune(
     if kind == "n:m":
         if sparsity not in (None, 1 - n / m):
             raise ConfigError(f"prune.sparsity = {sparsity}: prune.pattern = {pattern} has {1 - n / m}; leave it out")
-        sparsity = 0.0
+        sparsity = 0.0  # as in a config
     if sparsity is None or not 0 <= sparsity < 1:
         raise ConfigError(f"prune.sparsity = {sparsity}: must be at least 0 and below 1")
     plan = PruneConfig(sparsity, criterion, scope, pattern, "one_shot", skip=tuple(skip))
-    check_calibrated(plan)
+    check_scope(plan)
     tokens = None
     if criterion in CALIBRATED:
         if calibration is None:
@@ -104,7 +104,7 @@ def _pruned(model, plan: PruneConfig, tokens, damping, seed):
     names = matrices(model.params, plan.skip, "prune.skip")
     weights = {name: leaf for name, leaf in flat(model.params).items() if name in names}
     scope = plan.scope or ("output" if plan.criterion == "wanda" else "layer")
-    keep = functools.partial(_keep, plan.sparsity, scope, plan.pattern)
+    keep = functools.partial(_keep, full_sparsity(plan.sparsity, plan.pattern), scope, plan.pattern)
     jax.eval_shape(keep, weights)  # does the pattern divide all of them?
     if plan.criterion not in CALIBRATED:
         scores = random_scores(weights, seed) if plan.criterion == "random" else weights

@@ -28,7 +28,7 @@ def keep_masks(
 
     Args:
       scores: name of a matrix to (layers, in, out) float: the lowest go.
-      sparsity: share of zeros, from 0 to 1; of no meaning for N:M patterns, which have their own.
+      sparsity: share of zeros, from 0 to 1; of an N:M pattern at most its own, to the nearest weight of a group.
       scope: see SCOPES; None: layer. Of no meaning for N:M.
       pattern: `unstructured`; `N:M`, at most N of M weights that follow each other along the inputs stay (`2:4`); or
         `RxC`, blocks of R inputs and C outputs that go together (`16x16`).
@@ -37,7 +37,7 @@ def keep_masks(
     """
     kind, numbers = parse_pattern(pattern)
     if kind == "n:m":
-        return {name: _n_of_m(score, *numbers, name) for name, score in scores.items()}
+        return {name: _n_of_m(score, *numbers, sparsity, name) for name, score in scores.items()}
     blocks = {name: _blocks(score, *numbers, name) for name, score in scores.items()}
     if scope == "global":
         flat = jnp.concatenate([b.reshape(-1) for b in blocks.values()])
@@ -114,12 +114,18 @@ def _count(where):
     return where.sum(-1, keepdims=True, dtype=jnp.int32)
 
 
-def _n_of_m(scores, n, m, name):
+def full_sparsity(sparsity: float, pattern: str) -> float:
+    """The share of zeros that is meant: an N:M pattern's own, or `sparsity`."""
+    kind, (n, m) = parse_pattern(pattern)
+    return 1 - n / m if kind == "n:m" else sparsity
+
+
+def _n_of_m(scores, n, m, sparsity, name):
     inputs, outputs = scores.shape[-2:]
     if inputs % m:
         raise ConfigError(f"prune.pattern = {n}:{m}: the {inputs} inputs of {name} are not divisible by {m}")
     groups = jnp.swapaxes(scores.reshape(*scores.shape[:-2], inputs // m, m, outputs), -1, -2)
-    return jnp.swapaxes(keep_highest(groups, 1 - n / m), -1, -2).reshape(scores.shape)
+    return jnp.swapaxes(keep_highest(groups, sparsity), -1, -2).reshape(scores.shape)
 
 
 def _blocks(scores, rows, columns, name):

@@ -61,5 +61,5 @@ def shipped(cfg: Experiment, params: Any, extra: dict[str, Any], step: Any) -> A
     learned, states = ({name: extra[part].get(name, {}) for name in ORDER} for part in ("learned", "transforms"))
     params = transforms.apply(before, params, learned, states, step)
     if cfg.quantize.on and step >= cfg.quantize.begin_step:
-        return packed_params(cfg, params, learned["quantize"])
+        return packed_params(cfg, params, learned["quantize"], states["quantize"])
     return params

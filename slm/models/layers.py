@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from slm.config import ModelConfig
 from slm.models.quantized import QuantizedMatrix
-from slm.models.quantized_products import RoundedInputs, quantized_product, rounded_inputs
+from slm.models.quantized_products import RoundedInputs, quantized_product
 
 
 def dense(
@@ -39,7 +39,7 @@ class Dense(nn.Module):
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if isinstance(kernel, RoundedInputs):
-            x, kernel = rounded_inputs(x), kernel.kernel
+            x, kernel = kernel.inputs(x), kernel.kernel
         if isinstance(kernel, QuantizedMatrix):
             y = _on_rows(quantized_product, x, kernel)
         elif jax.default_backend() == "cpu":

@@ -61,13 +61,21 @@ class RoundedInputs:
     """A kernel in training whose products will be of integers: what it is multiplied with is rounded now too."""
 
     kernel: jax.Array
+    """(..., in, out)."""
+    begun: jax.Array | None = None
+    """(...) float32: 0 as long as nothing is rounded yet; None: always."""
 
     def tree_flatten_with_keys(self):
-        return [(jax.tree_util.DictKey("kernel"), self.kernel)], None
+        return [(jax.tree_util.DictKey(name), getattr(self, name)) for name in ("kernel", "begun")], None
 
     @classmethod
     def tree_unflatten(cls, _, children):
         return cls(*children)
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        """`x` (..., in) as the product will see it."""
+        rounded = rounded_inputs(x)
+        return rounded if self.begun is None else jnp.where(self.begun > 0, rounded, x)
 
 
 @jax.custom_vjp

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +60,7 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
             left.setdefault(cell.config.name, cell)
     todo = list(left.values())
     groups = [[todo[i] for i in group] for group in _packs([cell.config for cell in todo], pack)]
-    with watched(todo, len(cells) - len(todo), show) as said:
+    with watched(todo, len(cells) - len(todo), show, packing_of(groups)) as said:
         if processes:
             _in_processes(groups, processes, said)
         else:
@@ -67,6 +68,17 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
                 run_group(group, said)
     number = {cell.config.name: i for i, cell in reversed(list(enumerate(cells)))}
     return [[number[cell.config.name] for cell in group] for group in groups]
+
+
+def packing_of(groups: Sequence[Sequence[Any]]) -> str:
+    """In words: `2 programs of 16 runs, 1 of 4, 3 runs alone`."""
+    sizes = Counter(len(group) for group in groups)
+    alone = sizes.pop(1, 0)
+    parts = []
+    for size, count in sorted(sizes.items(), reverse=True):
+        what = "" if parts else f" program{'s' * (count > 1)}"
+        parts.append(f"{count}{what} of {size}" + ("" if parts else " runs"))
+    return ", ".join([*parts, *[f"{alone} run{'s' * (alone > 1)} alone"] * bool(alone)])
 
 
 def _packs(cfgs: Sequence[Experiment], pack: int | None) -> list[list[int]]:

@@ -82,18 +82,12 @@ def ablate(
     if seconds is not None:
         found = with_seconds(found, seconds, folder)
     cells = make_cells(found, chosen, folder)
-    stopped = False
     try:
-        groups = run_cells(cells, processes, pack, show)
+        run_cells(cells, processes, pack, show)
     except Stopped:
-        stopped, groups = True, []
-    first = unchanged[0] if unchanged else next(iter(found))
-    if show:
-        together = sum(len(group) for group in groups if len(group) > 1)
-        if together:
-            print(f"{together} of {sum(map(len, groups))} runs shared {sum(len(g) > 1 for g in groups)} programs")
-        if stopped:
+        if show:
             print("stopped and saved: the same call goes on from here")
+    first = unchanged[0] if unchanged else next(iter(found))
     return Study(cells, first, matches)
 
 

@@ -16,13 +16,14 @@ POLL = 1.0
 
 
 @contextlib.contextmanager
-def watched(cells: Sequence[Cell], done: int, show: bool) -> Iterator[Said]:
+def watched(cells: Sequence[Cell], done: int, show: bool, packing: str = "") -> Iterator[Said]:
     """Yields a function that says that a cell has ended, with how many are left and for how long.
 
     Args:
       cells: that are to run.
       done: how many more are done already.
       show: False: says nothing.
+      packing: how they will run, in words.
     """
     if not show or not cells:
         yield lambda text: None
@@ -32,6 +33,8 @@ def watched(cells: Sequence[Cell], done: int, show: bool) -> Iterator[Said]:
     console = make_console(True)
     if done:
         console.print(f"{done} of {done + len(cells)} runs are done already", soft_wrap=True)
+    if packing:
+        console.print(f"to train: {packing}", soft_wrap=True)
     start, before, ended = time.time(), _steps(cells), 0
     total = sum(cell.config.train.steps for cell in cells)
 

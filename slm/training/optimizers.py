@@ -13,6 +13,7 @@ import optax
 
 from slm.config import OptimConfig
 from slm.errors import ConfigError
+from slm.models.paths import flat
 from slm.training import rules
 from slm.training.schedules import make_schedule
 
@@ -157,9 +158,10 @@ def _schedule_free(cfg: OptimConfig, schedule, decay_and_rate) -> optax.Gradient
 
 def evaluation_params(cfg: OptimConfig, opt_state: Any, params: Any) -> Any:
     """Weights to evaluate, sample from and ship: the average x for schedule-free, else `params`. Works under jit."""
-    if cfg.name == "schedule_free_adamw":
-        return optax.contrib.schedule_free_eval_params(opt_state, params)
-    return params
+    if cfg.name != "schedule_free_adamw":
+        return params
+    trained = select(params, set(flat(opt_state.z)))
+    return merge(params, optax.contrib.schedule_free_eval_params(opt_state, trained))
 
 
 def clip_by_global_norm(grads: Any, max_norm: float | None) -> tuple[Any, jax.Array]:

@@ -7,6 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from slm.errors import CheckpointError, ConfigError, SlmError
 from slm.models.counts import abstract_parameters
 from slm.models.language_model import LanguageModel
 from slm.training.metrics import read_rows
+from slm.training.optimizers import evaluation_params
 
 CONFIG, METRICS, CHECKPOINTS, TOKENIZER = "config.json", "metrics.jsonl", "checkpoints", "tokenizer.json"
 
@@ -94,30 +96,21 @@ def _load_params(run_dir: Path, cfg: Experiment, which: str | int) -> Any:
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, cfg.checkpoint, read_only=True)
     try:
         step = checkpoints.find(which)
-        if cfg.optim.name == "schedule_free_adamw":
-            return _schedule_free_params(checkpoints, cfg, step)
+        schedule_free, techniques = cfg.optim.name == "schedule_free_adamw", cfg.prune.on or cfg.quantize.on
         name = "params" if cfg.optim.ema_decay is None else "ema"
-        techniques = cfg.prune.on or cfg.quantize.on
-        parts = checkpoints.restore_parts((name, "step", *(("extra",) if techniques else ())), step)
-        compare(parts[name], abstract_parameters(cfg.model), str(checkpoints.folder))
+        further = ("opt_state",) * schedule_free + ("extra",) * techniques
+        parts = checkpoints.restore_parts((name, "step", *further), step)
+        params = parts[name]
+        compare(params, abstract_parameters(cfg.model), str(checkpoints.folder))
+        if schedule_free:  # whose average is made of two trees
+            params = evaluation_params(cfg.optim, SimpleNamespace(**parts["opt_state"]), params)
         if not techniques:
-            return parts[name]
+            return params
         from slm.compress.techniques import shipped
 
-        return shipped(cfg, parts[name], parts["extra"], parts["step"])
+        return shipped(cfg, params, parts["extra"], parts["step"])
     finally:
         checkpoints.close()
-
-
-def _schedule_free_params(checkpoints, cfg: Experiment, step: int) -> Any:
-    """The average is computed from two trees of the optimizer's state, so the whole state is read."""
-    from slm.config import MeshConfig
-    from slm.training.mesh import make_mesh
-    from slm.training.step import build
-
-    program = build(cfg, make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    state, _ = checkpoints.restore(program.state, step)
-    return program.evaluation_params(state)
 
 
 def run_names(folder: Path) -> list[str]:
