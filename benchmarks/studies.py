@@ -1,6 +1,6 @@
 """Three studies with slm.study, at a scale that two cores can afford: what README says of them comes from here.
 
-    python benchmarks/studies.py attention|optimizers|order|chance [--seeds 4] [--folder studies] [--processes 2]
+    python benchmarks/studies.py attention|optimizers|order|chance [--seeds 3] [--folder studies] [--processes 2]
 
 attention: token mixers at equal parameters (the feed-forward's width is solved for), tokens and batches.
 optimizers: optimizers by learning-rate schedules, softmax, at two thirds of the tokens.
@@ -47,7 +47,7 @@ def optimizers(how: dict, seeds: int):
     base = slm.override(SMALL, {"train.steps": 200})
     names = ["adamw", "muon", "lion"]
     variants = slm.study.grid({"optim.name": names, "optim.schedule": ["linear", "cosine", "wsd"]})
-    best, basins = slm.study.tune(base, variants, [4e-4, 1.3e-3, 4e-3, 1.2e-2], metric="bits_per_byte", **how)
+    best, basins = slm.study.tune(base, variants, [1e-3, 4e-3, 1.2e-2], metric="bits_per_byte", **how)
     return slm.study.ablate(base, best, seeds=seeds, **how), basins
 
 
@@ -121,7 +121,7 @@ STUDIES = {"attention": attention, "optimizers": optimizers, "order": order, "ch
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", default="studies")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "results")
