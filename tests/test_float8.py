@@ -19,6 +19,13 @@ def rounded(x, dtype):
     return (x / scale).astype(dtype).astype(np.float32) * scale
 
 
+def test_runs_in_one_program_have_scales_of_their_own():
+    x, w = jax.random.normal(jax.random.key(0), (2, 3, 8)) * jnp.array([1, 1e-12])[:, None, None], jnp.ones((2, 8, 4))
+    together = jax.vmap(float8_product)(x, w)
+    np.testing.assert_allclose(together, [float8_product(*one) for one in zip(x, w, strict=True)], rtol=1e-6)
+    assert np.abs(together[1]).min() > 0
+
+
 def test_a_product_and_its_gradients_are_those_of_rounded_tensors():
     rng = np.random.default_rng(0)
     sizes = {(24, 64): 1, (64, 16): 1e-3, (24, 16): 1e-6}  # far from 1, where nothing would be left without scales

@@ -316,7 +316,6 @@ def test_short_compute_learns_what_float32_learns(precision, within):
     state, losses = learned(precision)
     full = learned("float32")[1]
     assert full[-10:].mean() < full[0] - 1
-    print('M46', precision, losses[-10:].mean(), full[-10:].mean(), full[0], np.abs(losses/full-1).max())
     assert losses[-10:].mean() == pytest.approx(full[-10:].mean(), rel=within)
     assert (losses != full).all()
     floats = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)}

@@ -26,8 +26,8 @@ def dense(
 
 
 class Dense(nn.Module):
-    """x kernel + bias, in `dtype`. The kernel may be a QuantizedMatrix or, in training, a Float8Kernel, whose product is
-    in float8 unless `dtype` is float32: such layers were made to be exact."""
+    """x kernel + bias, in `dtype`. The kernel may be a QuantizedMatrix or, in training, a Float8Kernel, whose product
+    is in float8 unless `dtype` is float32: such layers were made to be exact."""
 
     features: int
     dtype: Any
@@ -37,7 +37,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, (QuantizedMatrix, RoundedInputs, Float8Kernel)):  # of whose parts flax would check the shapes
+        # Of whose parts flax would check the shapes.
+        if not isinstance(kernel, (QuantizedMatrix, RoundedInputs, Float8Kernel)):
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if isinstance(kernel, RoundedInputs):
