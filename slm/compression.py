@@ -356,6 +356,11 @@ def _check_quantize(cfg: Any) -> None:
         q.group_size is None or q.group_size >= 2, f"quantize.group_size = {q.group_size}: must be at least 2, or None"
     )
     _demand(
+        cfg.train.precision != "fp8",
+        f"train.precision = fp8 with quantize.scheme = {q.scheme}: weights on one grid would be rounded again to "
+        "another, and what is shipped would not be what was trained; set train.precision = bfloat16",
+    )
+    _demand(
         q.symmetric or q.scheme.startswith("int"),
         f"quantize.symmetric = false: {q.scheme} has no zero point; use int8 to int2",
     )

@@ -317,8 +317,10 @@ class TrainConfig:
     """Sequences in one optimizer step, over all devices and processes."""
     accumulation: int = 1
     """Micro-batches that one step is split into; changes memory, not the mathematics."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Compute precision; master weights stay float32; float16 scales the loss and skips overflowing steps."""
+    precision: Literal["float32", "bfloat16", "float16", "fp8"] = "float32"
+    """Compute precision; master weights stay float32; float16 scales the loss and skips overflowing steps; fp8 is
+    bfloat16 with the products of layers in E4M3 forward and E5M2 backward, in training only. A CPU emulates fp8, slower
+    than bfloat16; its speed on hardware that has it was not measured."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser of the logits (Chowdhery et al. 2022, PaLM)."""
     loss_chunk: int = 128

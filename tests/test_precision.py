@@ -1,9 +1,27 @@
+"""Loss scaling, by its formulas and in float16 runs that need it; why master weights are float32."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
-from slm.training import precision
+from slm.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from slm.training import precision, step
+from slm.training.mesh import make_mesh
+from slm.training.objective import Objective, plain_objective
+from slm.training.optimizers import make_optimizer
 from slm.training.state import LossScale
+
+B, T, V, STEPS, SPIKE = 8, 16, 29, 60, 40
+CFG = Experiment(
+    model=ModelConfig(vocab_size=V, layers=2, width=32, heads=2, mlp_width=64),
+    data=DataConfig(sequence_length=T, packing="stream"),
+    optim=OptimConfig(learning_rate=1e-2, warmup_steps=3, schedule="constant", ema_decay=0.9),
+    train=TrainConfig(steps=STEPS, batch_size=B, precision="float16"),
+)
 
 
 def scale_of(scale, good=0, skipped=0, row=0):
@@ -66,3 +84,102 @@ def test_stuck_only_after_the_smallest_scale_has_failed_ten_times():
         loss_scale = update(loss_scale, False)
     assert failures_at_smallest == 10
     assert update(loss_scale, True).skipped_in_a_row == 0
+
+
+def batch_of(i):
+    """Chains in which each token but one in five tells the next."""
+    rng = np.random.default_rng(i)
+    tokens = rng.integers(0, V, (B, T + 1)).astype(np.int32)
+    told = rng.random((B, T + 1)) < 0.8
+    for t in range(T):
+        tokens[:, t + 1] = np.where(told[:, t + 1], (tokens[:, t] * 3 + 1) % V, tokens[:, t + 1])
+    ones = np.ones((B, T), np.int32)
+    at = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32),
+            "segment_ids": ones, "positions": at}  # fmt: skip
+
+
+@functools.cache
+def faint():
+    """The program of a loss times 1e-5, and times 1e9 in one step; with a number that the objective learns."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    plain = plain_objective(step.make_transformer(CFG, mesh), CFG)
+
+    def apply(params, learned, batch, teacher, step):
+        value, sums = plain.apply(params, {}, batch, teacher, step)
+        return (value + (learned["gain"] - 1) ** 2) * jnp.where(step == SPIKE, 1e9, 1e-5), sums
+
+    objective = Objective(lambda key: {"gain": jnp.zeros(())}, apply)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "compiler_options", lambda platform: {})
+        return step.build(CFG, mesh, step.Techniques(objective=objective))
+
+
+@functools.cache
+def run(scale):
+    """(states on the host by step, metrics of each step) of a run whose loss scale begins at `scale`."""
+    made = faint()
+    state = made.init(jax.random.key(0)).replace(loss_scale=scale_of(scale))
+    state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, made.state))
+    states, rows = {}, []
+    for i in range(STEPS):
+        state, metrics = made.train(state, batch_of(i))
+        rows.append({name: float(value) for name, value in metrics.items()})
+        if i + 1 in (1, SPIKE, SPIKE + 1, STEPS):
+            states[i + 1] = jax.tree.map(np.array, state)
+    assert made.train._cache_size() == 1
+    return states, rows
+
+
+def test_faint_gradients_vanish_in_float16_and_are_saved_by_the_loss_scale():
+    zeros, losses = {}, {}
+    for scale in (1, 2.0**15):  # a scale of 1 is none, and would grow after GROW_AFTER steps only
+        states, rows = run(scale)
+        moments = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(states[1].opt_state[0].mu)])
+        zeros[scale], losses[scale] = (moments == 0).mean(), np.mean([row["loss"] for row in rows[-10:]])
+    assert zeros[1] > 0.5
+    assert zeros[2.0**15] < 0.05
+    assert losses[1] - losses[2.0**15] > 0.3
+
+
+def test_one_spike_costs_one_step_and_moves_nothing_else():
+    states, rows = run(2.0**15)
+    before, after, last = states[SPIKE], states[SPIKE + 1], states[STEPS]
+    assert [i for i, row in enumerate(rows) if row["skipped_in_a_row"]] == [SPIKE]
+    assert rows[-1]["skipped"] == 1
+    assert rows[SPIKE]["loss_scale"] == rows[-1]["loss_scale"] == rows[SPIKE - 1]["loss_scale"] / 2
+    for name in ("params", "opt_state", "ema", "extra"):
+        one, other = (jax.tree_util.tree_leaves_with_path(getattr(state, name)) for state in (before, after))
+        assert len(one) == len(other) > 0
+        for (path, a), (_, b) in zip(one, other, strict=True):
+            assert np.array_equal(a, b), name + jax.tree_util.keystr(path)
+    assert after.step == before.step + 1
+    assert 0 < before.extra.learned["objective"]["gain"] < last.extra.learned["objective"]["gain"]
+    assert (before.ema["embed"]["embedding"] != last.ema["embed"]["embedding"]).all()
+    losses = [row["loss"] for row in rows]
+    assert np.mean(losses[-10:]) < np.mean(losses[SPIKE - 10 : SPIKE])
+
+
+def test_weights_kept_in_bfloat16_would_not_move():
+    """Why masters are float32: an update below half the spacing of bfloat16's numbers is rounded away, every time."""
+    key = jax.random.key(0)
+    start = {"up": {"kernel": 0.02 * jax.random.normal(key, (2, 32, 64))}, "norm": {"scale": jnp.ones((2, 32))}}
+    slow = OptimConfig(learning_rate=1e-5, warmup_steps=0, schedule="constant", weight_decay=0)
+    optimizer = make_optimizer(slow, 100, start)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), start)
+
+    @jax.jit
+    def update(params, state):
+        updates, state = optimizer.update(jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        params = first = jax.tree.map(lambda p, t=dtype: p.astype(t), start)
+        state = optimizer.init(params)
+        for _ in range(100):
+            params, state = update(params, state)
+        moved[dtype] = jax.tree.map(lambda a, b: float((a != b).mean()), first, params)
+    assert moved["float32"]["up"]["kernel"] > 0.99
+    assert moved["bfloat16"]["up"]["kernel"] < 0.3
+    assert (moved["float32"]["norm"]["scale"], moved["bfloat16"]["norm"]["scale"]) == (1, 0)

@@ -16,7 +16,7 @@ from slm.config import CheckpointConfig, Experiment, override, to_json
 from slm.errors import CheckpointError, ConfigError, DataError
 from slm.models.paths import flat
 from slm.models.quantized import dequantized
-from slm.training import loop, step
+from slm.training import loop, precision, step
 from slm.training.checkpoint import Checkpoints
 from slm.training.loop import train
 from slm.training.metrics import read_rows
@@ -44,7 +44,7 @@ def part_of(run_dir, *names, step=None):
 
 def stored_state(run_dir, step):
     """Every leaf by its path."""
-    parts = part_of(run_dir, "step", "params", "opt_state", "ema", "extra", step=step)
+    parts = part_of(run_dir, "step", "params", "opt_state", "ema", "extra", "loss_scale", step=step)
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(parts)}
 
 
@@ -62,17 +62,24 @@ def one_device(monkeypatch):
 
 
 PRUNING = {"prune.sparsity": 0.5, "prune.criterion": "taylor", "prune.every": 2, "prune.end_step": 11}
-
-
+FLOAT16 = {"train.precision": "float16"}
 ROUNDING = {"quantize.scheme": "int4", "quantize.method": "lsq", "quantize.begin_step": 3}
 
 
 @pytest.mark.parametrize(
     ("devices", "changes"),
-    [(1, {}), (4, {"mesh.fsdp": 2}), (1, PRUNING), (4, PRUNING | {"mesh.fsdp": 2}), (4, ROUNDING | {"mesh.fsdp": 2})],
+    [
+        (1, {}),
+        (4, {"mesh.fsdp": 2}),
+        (1, PRUNING),
+        (4, PRUNING | FLOAT16 | {"mesh.fsdp": 2}),
+        (4, ROUNDING | {"mesh.fsdp": 2}),
+    ],
 )
 def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, changes):
     use_devices(monkeypatch, devices)
+    # So that the loss scale of float16 moves, and the stops fall between its growths.
+    monkeypatch.setattr(precision, "GROW_AFTER", 4)
     cfg = tiny(tmp_path, EVERYTHING | changes | {"train.batch_size": 8})
     whole = train(override(cfg, {"name": "whole"}))
     assert whole.finished
@@ -101,6 +108,10 @@ def test_stopping_and_resuming_changes_nothing(tmp_path, monkeypatch, devices, c
         average = np.where(mask, average, 0)
     assert jax.tree.all(jax.tree.map(np.array_equal, shipped, average))
     assert last.model.config.model.vocab_size == last.model.tokenizer.vocab_size > 0
+    if cfg.train.precision == "float16":
+        scales = [part_of(last.dir, "loss_scale", step=step) for step in (5, 6, 9, 12)]
+        assert [float(one["scale"]) / 2**15 for one in scales] == [2, 2, 4, 8]
+        assert [int(one["good_steps"]) for one in scales] == [1, 2, 1, 0]
     # The two would also be equal if nothing were learnt.
     assert whole.history[-1]["validation_loss"] < whole.history[3]["validation_loss"]
     assert stored_state(last.dir, 9)["['step']"] == 9

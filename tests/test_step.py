@@ -269,19 +269,70 @@ def test_bfloat16_computes_short_and_keeps_float32_masters():
     assert floats == {jnp.dtype("float32")}
     embedding = state.params["embed"]["embedding"]
     assert (embedding.astype(jnp.bfloat16) != embedding).mean() > 0.9  # masters hold what bfloat16 cannot
-    assert set(operands_of_logits(half.train.trace(state, batch).jaxpr.jaxpr)) == {"bfloat16"}
-    assert set(operands_of_logits(program().train.trace(start(program()), batch).jaxpr.jaxpr)) == {"float32"}
+    assert types_of_logits(half) == {"bfloat16"}
+    assert types_of_logits(program()) == {"float32"}
 
 
-def operands_of_logits(jaxpr):
-    """Types of what enters matrix products of the vocabulary's size, at all levels of a jaxpr."""
+def products(jaxpr):
+    """The operands of each matrix product, at all levels of a jaxpr."""
     for equation in jaxpr.eqns:
-        inputs = [atom.aval for atom in equation.invars]
-        if equation.primitive.name == "dot_general" and any(V in aval.shape for aval in inputs):
-            yield from (str(aval.dtype) for aval in inputs)
+        if equation.primitive.name == "dot_general":
+            yield [atom.aval for atom in equation.invars]
         for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)
-            yield from operands_of_logits(inner) if hasattr(inner, "eqns") else ()
+            yield from products(inner) if hasattr(inner, "eqns") else ()
+
+
+def types(made):
+    """(types of the operands, whether one has the vocabulary's size) of each product of the step."""
+    found = products(made.train.trace(made.state, made.batch).jaxpr.jaxpr)
+    return [(tuple(str(a.dtype) for a in pair), any(V in a.shape for a in pair)) for pair in found]
+
+
+def types_of_logits(made):
+    return {name for pair, logits in types(made) if logits for name in pair}
+
+
+@functools.cache
+def learned(precision):
+    """(last state, losses) on chains in which each token but one in five tells the next."""
+    made, losses = program(train__precision=precision), []
+    state = start(made)
+    for i in range(STEPS):
+        rng = np.random.default_rng(i)
+        tokens = rng.integers(0, V, (B, T + 1)).astype(np.int32)
+        for t in range(T):
+            tokens[:, t + 1] = np.where(rng.random(B) < 0.8, (tokens[:, t] * 3 + 1) % V, tokens[:, t + 1])
+        batch = make_batch() | {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+        batch |= {"weights": np.ones((B, T), np.float32), "segment_ids": np.ones((B, T), np.int32)}
+        state, metrics = made.train(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert made.train._cache_size() == 1
+    return state, np.array(losses)
+
+
+@pytest.mark.parametrize(("precision", "within"), [("bfloat16", 0.01), ("fp8", 0.03)])
+def test_short_compute_learns_what_float32_learns(precision, within):
+    state, losses = learned(precision)
+    full = learned("float32")[1]
+    assert full[-10:].mean() < full[0] - 1
+    assert losses[-10:].mean() == pytest.approx(full[-10:].mean(), rel=within)
+    assert (losses != full).all()
+    floats = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert floats == {jnp.dtype("float32")}
+
+
+def test_fp8_is_in_the_products_of_layers_in_training_and_nowhere_else():
+    made, state = program(train__precision="fp8"), learned("fp8")[0]
+    assert types_of_logits(made) == {"bfloat16"}
+    short = collections.Counter(pair for pair, _ in types(made) if "float8" in str(pair))
+    # Seven matrices in a layer, each once forward and twice backward.
+    assert sum(short.values()) == 21, short
+    assert short["float8_e4m3fn", "float8_e4m3fn"] == 7
+    assert short["float8_e5m2", "float8_e4m3fn"] + short["float8_e4m3fn", "float8_e5m2"] == 14
+    # Whoever evaluates has the model of a bfloat16 run, to the bit.
+    nats = [program(train__precision=name).evaluate(state.params, make_batch())["nats"] for name in ("fp8", "bfloat16")]
+    assert np.array_equal(*nats)
 
 
 def test_float16_skips_steps_that_overflow_and_goes_on():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from slm.config import ModelConfig
+from slm.models.float8 import Float8Kernel, float8_product
 from slm.models.quantized import QuantizedMatrix
 from slm.models.quantized_products import RoundedInputs, quantized_product
 
@@ -25,7 +26,8 @@ def dense(
 
 
 class Dense(nn.Module):
-    """x kernel + bias, in `dtype`. The kernel may be a QuantizedMatrix."""
+    """x kernel + bias, in `dtype`. The kernel may be a QuantizedMatrix or, in training, a Float8Kernel, whose product
+    is in float8 unless `dtype` is float32: such layers were made to be exact."""
 
     features: int
     dtype: Any
@@ -35,13 +37,16 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.get_variable("params", "kernel")
-        if not isinstance(kernel, (QuantizedMatrix, RoundedInputs)):  # of whose parts flax would check the shapes
+        # Of whose parts flax would check the shapes.
+        if not isinstance(kernel, (QuantizedMatrix, RoundedInputs, Float8Kernel)):
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if isinstance(kernel, RoundedInputs):
             x, kernel = kernel.inputs(x), kernel.kernel
         if isinstance(kernel, QuantizedMatrix):
             y = _on_rows(quantized_product, x, kernel)
+        elif isinstance(kernel, Float8Kernel) and self.dtype != jnp.float32:
+            y = _on_rows(float8_product, x, kernel.astype(self.dtype))
         elif jax.default_backend() == "cpu":
             y = _on_rows(_product, x, kernel.astype(self.dtype))
         else:

@@ -1,7 +1,8 @@
-"""Compute precision, and the dynamic loss scale that float16 needs.
+"""Compute precision: the dynamic loss scale that float16 needs, and which products are of 8-bit floats.
 
 Master weights and optimizer state are float32 whatever the compute precision (Micikevicius et al. 2018). bfloat16 has
-the exponent range of float32 and needs no scaling; float16 gradients underflow below 6e-8 without it.
+the exponent range of float32 and needs no scaling; float16 gradients underflow below 6e-8 without it. fp8 is bfloat16
+with the products of layers in float8, each tensor with a scale of its own (slm.models.float8).
 """
 
 import math
@@ -10,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from slm.models.float8 import Float8Kernel
+from slm.models.transformer import GROUPS
 from slm.training.state import LossScale
 
 GROW_AFTER = 2000  # finite steps before the scale doubles, as in PyTorch's GradScaler and NVIDIA Apex
@@ -21,8 +24,8 @@ STUCK_AFTER = int(math.log2(LARGEST / SMALLEST)) + 10
 
 
 def compute_dtype(precision: str) -> jnp.dtype:
-    """dtype of activations and matrix products for train.precision."""
-    return jnp.dtype({"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}[precision])
+    """dtype of activations and matrix products for train.precision; in fp8, of all but the products of layers."""
+    return jnp.dtype({"fp8": "bfloat16"}.get(precision, precision))
 
 
 def cast(params: Any, dtype: Any) -> Any:
@@ -34,6 +37,15 @@ def cast(params: Any, dtype: Any) -> Any:
 
     def one(path, x):
         return x.astype(dtype) if path[-1].key in ("kernel", "embedding") else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def float8_kernels(params: Any) -> Any:
+    """`params` with the kernels of layers marked for products in float8; embedding and head keep the compute dtype."""
+
+    def one(path, x):
+        return Float8Kernel(x) if path[0].key in GROUPS and path[-1].key == "kernel" else x
 
     return jax.tree_util.tree_map_with_path(one, params)
 

@@ -127,7 +127,9 @@ def _facts(cfg: Experiment, plan: Plan) -> Table:
     kind = mesh.devices.flat[0].device_kind
     facts.add_row("mesh", f"{axes} on {mesh.size} × {kind}")
     tokens = cfg.train.batch_size * cfg.data.sequence_length
-    facts.add_row("batch", f"{tokens:,} tokens in {cfg.train.accumulation} micro-batches, {cfg.train.precision}")
+    emulated = cfg.train.precision == "fp8" and mesh.devices.flat[0].platform == "cpu"
+    computes = cfg.train.precision + (" (emulated: a CPU has none)" if emulated else "")
+    facts.add_row("batch", f"{tokens:,} tokens in {cfg.train.accumulation} micro-batches, {computes}")
     facts.add_row("attention", ", ".join(_backends(cfg, plan)))
     for name, fact in _techniques(cfg):
         facts.add_row(name, fact)

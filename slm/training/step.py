@@ -222,7 +222,9 @@ def make_train_step(
 
         def one(micro):
             def scaled(params, learned):
-                value, sums = objective.apply(params, learned, micro, teacher, step)
+                # Only here: evaluation and whoever loads the run have an ordinary model.
+                marked = precision.float8_kernels(params) if train.precision == "fp8" else params
+                value, sums = objective.apply(marked, learned, micro, teacher, step)
                 return value * scale, sums
 
             return jax.grad(scaled, argnums=(0, 1), has_aux=True)(params, learned)
@@ -290,7 +292,9 @@ def make_train_step(
         if state.ema is not None:
             # A short memory at first, so that the average does not drag the random start along.
             decay = jnp.minimum(optim.ema_decay, (1 + state.step) / (10 + state.step))
-            new = new.replace(ema=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params))
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, new.params)
+            # A step that is skipped has not happened to the average either.
+            new = new.replace(ema=ema if loss_scale is None else where_finite(finite, ema, state.ema))
         return new, metrics
 
     return train_step
