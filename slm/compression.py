@@ -115,10 +115,11 @@ class ShrinkConfig:
     """Layers to keep by number, from 0, instead (DistilBERT: every second)."""
     width: int | None = None
     """Channels of the residual stream to keep."""
-    mlp_width: int | None = None
-    """Channels of each feed-forward to keep."""
-    kv_heads: int | None = None
-    """Groups of heads with common keys and values to keep; each takes its query heads along."""
+    mlp_width: int | tuple[int, ...] | None = None
+    """Channels of each feed-forward to keep: one number for all layers, or one for each that stays."""
+    kv_heads: int | tuple[int, ...] | None = None
+    """Groups of heads with common keys and values to keep, each with its query heads: one number for all layers, or one
+    for each that stays."""
     criterion: Literal["activation", "taylor", "weight_norm", "random"] = "activation"
     """What is kept of a width: channels and heads of large activations (Minitron, Muralidharan et al. 2024), of large
     gradient times activation, of large weights, or any."""
@@ -307,7 +308,8 @@ def _check_shrink(cfg: Any) -> None:
     _demand(cfg.model.init_from is not None, "shrink needs a model to cut from: set model.init_from")
     for field in ("layers", "width", "mlp_width", "kv_heads"):
         value = getattr(s, field)
-        _demand(value is None or value >= 1, f"shrink.{field} = {value}: must be at least 1")
+        least = min(value, default=0) if isinstance(value, tuple) else value
+        _demand(least is None or least >= 1, f"shrink.{field} = {value}: must be at least 1")
     _demand(
         not (s.keep_layers and s.layers),
         "shrink.layers and shrink.keep_layers exclude each other: give the number, or the list",

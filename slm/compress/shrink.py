@@ -57,18 +57,37 @@ def shrink(
 
     Raises ConfigError, naming the field, for what cannot be.
     """
-    spec = ShrinkConfig(layers=layers, keep_layers=tuple(keep_layers), width=width, criterion=criterion)
+    spec = ShrinkConfig(layers, tuple(keep_layers), width, mlp_width, kv_heads, criterion)
     check_float_weights(model.params)
     measures = layers is not None or (criterion in ("activation", "taylor") and (width or mlp_width or kv_heads))
     if measures and calibration is None:
         raise ConfigError("shrink measures what to keep: give calibration, a text or ids (N, T)")
     tokens = None if calibration is None else calibration_tokens(model, calibration, sequences, length, seed)
-    return _shrunk(model, spec, mlp_width, kv_heads, tokens, seed)
+    return shrink_to(model, spec, tokens, seed)
 
 
-def shrink_to(model: LanguageModel, spec: ShrinkConfig, tokens: np.ndarray, seed: int) -> LanguageModel:
+def shrink_to(model: LanguageModel, spec: ShrinkConfig, tokens: np.ndarray | None, seed: int) -> LanguageModel:
     """`shrink` as a config asks for it: to `shrunk_config(model.config.model, spec)`."""
-    return _shrunk(model, spec, spec.mlp_width, spec.kv_heads, tokens, seed)
+    cfg = model.config.model
+    check_shrinkable(cfg)
+    if spec.criterion == "taylor" and cfg.head != "lm":
+        raise ConfigError(
+            f"shrink.criterion = taylor: model.head = {cfg.head} has no loss of the next token; use activation"
+        )
+    keep = spec.keep_layers
+    if spec.layers is not None and not keep:
+        with_layers(cfg, (0,), spec.layers)
+        keep = tuple(sorted(np.argsort(-block_influence(model, tokens), kind="stable")[: spec.layers].tolist()))
+    if keep:
+        chosen = with_layers(cfg, keep)
+        where = layerwise.places(model.transformer)
+        rows = [layerwise.layer_params(model.params, where[number]) for number in keep]
+        model = _with(model, chosen, layerwise.assembled(Transformer(chosen), model.params, rows))
+    smaller = narrowed(model.config.model, spec.width, spec.mlp_width, spec.kv_heads)
+    if smaller == model.config.model:
+        return model
+    scores = importance(model, spec.criterion, tokens, seed)
+    return _with(model, smaller, _narrow_params(model, smaller, scores))
 
 
 def shrunk_config(cfg: ModelConfig, spec: ShrinkConfig) -> ModelConfig:
@@ -167,9 +186,7 @@ def _sizes(name: str, own: str, wanted, now: list[int]) -> dict[str, Any]:
     for number, (new, old) in enumerate(zip(each, now)):
         if not 1 <= new <= old:
             raise ConfigError(f"shrink.{name} = {new}: layer {number} has {old}")
-    if isinstance(wanted, int):
-        return {name: wanted, own: ()}
-    return {own: each}
+    return {name: wanted, own: ()} if isinstance(wanted, int) else {own: each}
 
 
 def _check_softmax(cfg: ModelConfig, field: str) -> None:
@@ -187,29 +204,6 @@ def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
         if all(name == pattern[i % size] for i, name in enumerate(pattern)):
             return pattern[:size]
     return pattern
-
-
-def _shrunk(model: LanguageModel, spec: ShrinkConfig, mlp_width, kv_heads, tokens, seed) -> LanguageModel:
-    cfg = model.config.model
-    check_shrinkable(cfg)
-    if spec.criterion == "taylor" and cfg.head != "lm":
-        raise ConfigError(
-            f"shrink.criterion = taylor: model.head = {cfg.head} has no loss of the next token; use activation"
-        )
-    keep = spec.keep_layers
-    if spec.layers is not None and not keep:
-        with_layers(cfg, (0,), spec.layers)
-        keep = tuple(sorted(np.argsort(-block_influence(model, tokens), kind="stable")[: spec.layers].tolist()))
-    if keep:
-        chosen = with_layers(cfg, keep)
-        where = layerwise.places(model.transformer)
-        rows = [layerwise.layer_params(model.params, where[number]) for number in keep]
-        model = _with(model, chosen, layerwise.assembled(Transformer(chosen), model.params, rows))
-    smaller = narrowed(model.config.model, spec.width, mlp_width, kv_heads)
-    if smaller == model.config.model:
-        return model
-    scores = importance(model, spec.criterion, tokens, seed)
-    return _with(model, smaller, _narrow_params(model, smaller, scores))
 
 
 def _with(model: LanguageModel, cfg: ModelConfig, params: Any) -> LanguageModel:
