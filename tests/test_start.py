@@ -86,6 +86,32 @@ def test_a_shrunken_model_is_an_ordinary_one_and_resumes(folder, monkeypatch, si
     assert sum(a.size for a in jax.tree.leaves(run.model.params)) < sum(a.size for a in jax.tree.leaves(whole.params))
 
 
+def test_a_run_whose_gates_shut_ships_the_smaller_model_and_resumes(folder, monkeypatch):
+    how = {"shrink__criterion": "l0", "shrink__mlp_width": 40, "shrink__layers": 2, "shrink__end_step": 4}
+    cfg = begun(folder, "gates", **how, train__log_every=1, checkpoint__every=2)
+    uninterrupted = train(override(cfg, {"name": "gates_whole"}))
+    stop_at(monkeypatch, 2)
+    assert not train(cfg).finished
+    assert flat(slm.load(cfg.run_dir).params)["blocks/0/mlp/up/kernel"].shape == (2, 32, 40)  # whenever it is cut
+    stop_at(monkeypatch, None)
+    run = train(cfg)
+    assert curve(run.history) == curve(uninterrupted.history)
+    assert {"open_mlp", "open_layers"} <= run.history[0].keys()
+    model, stored = run.model, json.loads((run.dir / "config.json").read_text())
+    assert (stored["model"]["layers"], stored["shrink"]["criterion"]) == (3, "l0")  # what trained
+    m = model.config.model
+    assert (m.layers, m.mlp_width, model.config.shrink) == (2, 40, ShrinkConfig())  # what it made
+    slm.save(model, folder / "gates_saved")
+    np.testing.assert_array_equal(
+        slm.logits(slm.load(folder / "gates_saved"), np.arange(9)[None]), slm.logits(model, np.arange(9)[None])
+    )
+    # And it is a model to begin with.
+    again = train(begun(folder, "gates_again", model__init_from=str(run.dir), optim__learning_rate=0.0))
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.model.params, model.params))
+    # What was scored in training is what is shipped.
+    assert again.history[0]["validation_loss"] == pytest.approx(run.history[-1]["validation_loss"], rel=1e-5)
+
+
 def test_other_mixers(folder):
     cfg = begun(
         folder, "converted", convert__attention=("hedgehog", "softmax"), convert__transfer_steps=3,

@@ -12,8 +12,8 @@ import numpy as np
 
 from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens
 from slm.compress.groups import cut_layer, cut_outside, highest, stream_eps
-from slm.compress.importance import HEADS, MLP, WIDTH, block_influence, importance
-from slm.config import ModelConfig, ShrinkConfig
+from slm.compress.importance import HEADS, MLP, WIDTH, Scores, block_influence, importance
+from slm.config import Experiment, ModelConfig, ShrinkConfig
 from slm.errors import ConfigError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
@@ -57,6 +57,10 @@ def shrink(
 
     Raises ConfigError, naming the field, for what cannot be.
     """
+    if criterion == "l0":
+        raise ConfigError(
+            "shrink.criterion = l0 is learned in training: set it in a run's config, or take another here"
+        )
     spec = ShrinkConfig(layers, tuple(keep_layers), width, mlp_width, kv_heads, criterion)
     check_float_weights(model.params)
     measures = layers is not None or (criterion in ("activation", "taylor") and (width or mlp_width or kv_heads))
@@ -78,15 +82,21 @@ def shrink_to(model: LanguageModel, spec: ShrinkConfig, tokens: np.ndarray | Non
     if spec.layers is not None and not keep:
         with_layers(cfg, (0,), spec.layers)
         keep = tuple(sorted(np.argsort(-block_influence(model, tokens), kind="stable")[: spec.layers].tolist()))
-    if keep:
-        chosen = with_layers(cfg, keep)
-        where = layerwise.places(model.transformer)
-        rows = [layerwise.layer_params(model.params, where[number]) for number in keep]
-        model = _with(model, chosen, layerwise.assembled(Transformer(chosen), model.params, rows))
-    smaller = narrowed(model.config.model, spec.width, spec.mlp_width, spec.kv_heads)
-    if smaller == model.config.model:
+    model = _with_layers(model, keep)
+    if narrowed(model.config.model, spec.width, spec.mlp_width, spec.kv_heads) == model.config.model:
         return model
-    scores = importance(model, spec.criterion, tokens, seed)
+    return cut(model, spec, importance(model, spec.criterion, tokens, seed))
+
+
+def cut(model: LanguageModel, spec: ShrinkConfig, scores: Scores, keep: tuple[int, ...] = ()) -> LanguageModel:
+    """The layers `keep`, or all of them, with the parts of the highest scores, as many as `spec` says.
+
+    `scores` are those of all layers of `model`; of heads there may be one for each group.
+    """
+    if keep:
+        scores = scores | {name: [scores[name][number] for number in keep] for name in (MLP, HEADS)}
+        model = _with_layers(model, keep)
+    smaller = narrowed(model.config.model, spec.width, spec.mlp_width, spec.kv_heads)
     return _with(model, smaller, _narrow_params(model, smaller, scores))
 
 
@@ -100,6 +110,13 @@ def shrunk_config(cfg: ModelConfig, spec: ShrinkConfig) -> ModelConfig:
         )
     keep = spec.keep_layers or tuple(range(spec.layers or cfg.layers))
     return narrowed(with_layers(cfg, keep, spec.layers), spec.width, spec.mlp_width, spec.kv_heads)
+
+
+def shipped_config(cfg: Experiment) -> Experiment:
+    """The config of the model that a run of `cfg` makes: of the smaller one, if it learns what goes."""
+    if not cfg.shrink.learned:
+        return cfg
+    return dataclasses.replace(cfg, model=shrunk_config(cfg.model, cfg.shrink), shrink=ShrinkConfig())
 
 
 def check_shrinkable(cfg: ModelConfig) -> None:
@@ -148,7 +165,7 @@ def narrowed(cfg: ModelConfig, width=None, mlp_width=None, kv_heads=None) -> Mod
         if cfg.mlp == "none":
             raise ConfigError(f"shrink.mlp_width = {mlp_width}: the model has no feed-forward (model.mlp = none)")
     if kv_heads is not None:
-        _check_softmax(cfg, "kv_heads")
+        check_softmax(cfg, "kv_heads")
         now = [layer.cfg.kv_heads or layer.cfg.heads for layer in layers(cfg)]
         sizes = _sizes("kv_heads", "layer_kv_heads", kv_heads, now)
         ratios = [layer.cfg.heads // n for layer, n in zip(layers(cfg), now)]
@@ -159,7 +176,7 @@ def narrowed(cfg: ModelConfig, width=None, mlp_width=None, kv_heads=None) -> Mod
             changes |= sizes | {"heads": kv_heads * ratios[0], "layer_heads": ()}
         changes["head_dim"] = head_dim(cfg)
     if width is not None:
-        _check_softmax(cfg, "width")
+        check_softmax(cfg, "width")
         if not 1 <= width <= cfg.width:
             raise ConfigError(f"shrink.width = {width}: the model has {cfg.width} channels")
         for field, ok in (
@@ -189,7 +206,8 @@ def _sizes(name: str, own: str, wanted, now: list[int]) -> dict[str, Any]:
     return {name: wanted, own: ()} if isinstance(wanted, int) else {own: each}
 
 
-def _check_softmax(cfg: ModelConfig, field: str) -> None:
+def check_softmax(cfg: ModelConfig, field: str) -> None:
+    """Raises ConfigError, naming the field, unless it is known what goes together in all mixers."""
     for layer in layers(cfg):
         if not issubclass(layer.mixer, SoftmaxMixer):
             raise ConfigError(
@@ -204,6 +222,15 @@ def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
         if all(name == pattern[i % size] for i, name in enumerate(pattern)):
             return pattern[:size]
     return pattern
+
+
+def _with_layers(model: LanguageModel, keep: tuple[int, ...]) -> LanguageModel:
+    """`model` with these layers alone; all of them if none is named."""
+    if not keep:
+        return model
+    chosen, where = with_layers(model.config.model, keep), layerwise.places(model.transformer)
+    rows = [layerwise.layer_params(model.params, where[number]) for number in keep]
+    return _with(model, chosen, layerwise.assembled(Transformer(chosen), model.params, rows))
 
 
 def _with(model: LanguageModel, cfg: ModelConfig, params: Any) -> LanguageModel:

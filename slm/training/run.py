@@ -76,7 +76,8 @@ def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel
     tokenizer_file = run_dir / TOKENIZER
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{run_dir} has no {TOKENIZER}: copy it back, or train the run again")
-    params = jax.tree.map(jnp.asarray, _load_params(run_dir, cfg, checkpoint))
+    cfg, params = _shipped(run_dir, cfg, checkpoint)
+    params = jax.tree.map(jnp.asarray, params)
     return LanguageModel(params, cfg, Tokenizer.load(tokenizer_file), origin=kept_origin(run_dir))
 
 
@@ -88,20 +89,21 @@ def data_fingerprint(run_dir: str | Path, cfg: Experiment) -> str:
         return checkpoints.read_meta()["data"]
 
 
-def _load_params(run_dir: Path, cfg: Experiment, which: str | int) -> Any:
+def _shipped(run_dir: Path, cfg: Experiment, which: str | int) -> tuple[Experiment, Any]:
+    """(config, parameters) of the model that a run ships."""
     from slm.training.checkpoint import Checkpoints, compare
 
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, cfg.checkpoint, read_only=True)
     try:
         step = checkpoints.find(which)
         if cfg.optim.name == "schedule_free_adamw":
-            return _schedule_free_params(checkpoints, cfg, step)
+            return cfg, _schedule_free_params(checkpoints, cfg, step)
         name = "params" if cfg.optim.ema_decay is None else "ema"
-        techniques = cfg.prune.on or cfg.quantize.on
+        techniques = cfg.prune.on or cfg.quantize.on or cfg.shrink.learned
         parts = checkpoints.restore_parts((name, "step", *(("extra",) if techniques else ())), step)
         compare(parts[name], abstract_parameters(cfg.model), str(checkpoints.folder))
         if not techniques:
-            return parts[name]
+            return cfg, parts[name]
         from slm.compress.techniques import shipped
 
         return shipped(cfg, parts[name], parts["extra"], parts["step"])
