@@ -7,7 +7,7 @@ from typing import Any, Literal
 from slm.errors import ConfigError
 
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hinge_ranking", "logistic_ranking"
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hinge_ranking", "logistic_ranking", "uld"
 ]
 
 
@@ -16,13 +16,15 @@ class DistillConfig:
     """Learning from a teacher (Hinton et al. 2015). Off unless teacher or cached is set."""
 
     teacher: str | None = None
-    """Model to learn from: a run, a Hugging Face folder or a GGUF file, with the student's vocabulary."""
+    """Model to learn from: a run, a Hugging Face folder or a GGUF file, with the student's vocabulary unless loss is
+    uld."""
     cached: str | None = None
     """Folder of a teacher's most likely tokens, written before (slm.compress.cache_teacher), instead of a teacher."""
     self_distill: bool = False
     """Allow a teacher that is the model which training starts from."""
     loss: Divergence = "forward_kl"
-    """Divergence between the teacher's and the student's next token."""
+    """Divergence between the teacher's and the student's next token. uld compares sorted probabilities, where both
+    have read the same text, and lets the teacher have another tokenizer (Boizard et al. 2024)."""
     alpha: float = 0.9
     """Weight of that divergence; the cross-entropy of the text gets 1 - alpha."""
     temperature: float = 1.0
@@ -226,6 +228,16 @@ def _check_distill(cfg: Any) -> None:
             not (getattr(d, field) and d.cached),
             f"distill.{field} = {getattr(d, field)}: cached logits know nothing of a teacher's inside; set "
             "distill.teacher instead of distill.cached",
+        )
+    for field, on in (
+        ("distill.cached", d.cached is not None), ("distill.hidden", d.hidden), ("distill.attention", d.attention),
+        ("distill.relations", d.relations), ("distill.on_policy", d.on_policy),
+        ("convert.transfer_steps", cfg.convert.transfer_steps),
+    ):  # fmt: skip
+        _demand(
+            not (d.loss == "uld" and on),
+            f"distill.loss = uld with {field}: the teacher reads other tokens than the student, at other places; leave "
+            f"{field} out, or take a teacher with the student's tokenizer and another loss",
         )
     _demand(0 <= d.on_policy <= 1, f"distill.on_policy = {d.on_policy}: a share of steps, between 0 and 1")
     _demand(
