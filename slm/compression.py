@@ -8,7 +8,7 @@ from typing import Any, Literal
 from slm.errors import ConfigError
 
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hinge_ranking", "logistic_ranking"
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "hinge_ranking", "logistic_ranking", "uld"
 ]
 
 
@@ -17,13 +17,15 @@ class DistillConfig:
     """Learning from a teacher (Hinton et al. 2015). Off unless teacher or cached is set."""
 
     teacher: str | None = None
-    """Model to learn from: a run, a Hugging Face folder or a GGUF file, with the student's vocabulary."""
+    """Model to learn from: a run, a Hugging Face folder or a GGUF file, with the student's vocabulary unless loss is
+    uld."""
     cached: str | None = None
     """Folder of a teacher's most likely tokens, written before (slm.compress.cache_teacher), instead of a teacher."""
     self_distill: bool = False
     """Allow a teacher that is the model which training starts from."""
     loss: Divergence = "forward_kl"
-    """Divergence between the teacher's and the student's next token."""
+    """Divergence between the teacher's and the student's next token. uld compares sorted probabilities, where both
+    have read the same text, and lets the teacher have another tokenizer (Boizard et al. 2024)."""
     alpha: float = 0.9
     """Weight of that divergence; the cross-entropy of the text gets 1 - alpha."""
     temperature: float = 1.0
@@ -109,7 +111,8 @@ class PruneConfig:
 
 @dataclass(frozen=True)
 class ShrinkConfig:
-    """A smaller dense model, cut out of model.init_from before the first step: an ordinary model from then on."""
+    """A smaller dense model: cut out of model.init_from before the first step, an ordinary model from then on; or, with
+    criterion = l0, out of the model that trains, by gates that train beside it."""
 
     layers: int | None = None
     """Layers to keep; those go whose output is most like their input (block influence, Men et al. 2024)."""
@@ -117,21 +120,35 @@ class ShrinkConfig:
     """Layers to keep by number, from 0, instead (DistilBERT: every second)."""
     width: int | None = None
     """Channels of the residual stream to keep."""
-    mlp_width: int | None = None
-    """Channels of each feed-forward to keep."""
-    kv_heads: int | None = None
-    """Groups of heads with common keys and values to keep; each takes its query heads along."""
-    criterion: Literal["activation", "taylor", "weight_norm", "random"] = "activation"
+    mlp_width: int | tuple[int, ...] | None = None
+    """Channels of each feed-forward to keep: one number for all layers, or one for each that stays."""
+    kv_heads: int | tuple[int, ...] | None = None
+    """Groups of heads with common keys and values to keep, each with its query heads: one number for all layers, or one
+    for each that stays."""
+    criterion: Literal["activation", "taylor", "weight_norm", "random", "l0"] = "activation"
     """What is kept of a width: channels and heads of large activations (Minitron, Muralidharan et al. 2024), of large
-    gradient times activation, of large weights, or any."""
+    gradient times activation, of large weights, or any. l0: what random gates leave open that are trained under the
+    constraint of these sizes (Louizos et al. 2018; Sheared LLaMA, Xia et al. 2024), layers too."""
     calibration: int = 64
     """Training sequences that are measured."""
+    gate_learning_rate: float = 0.1
+    """Of l0: learning rate of gates and of the constraint's multipliers where the model has optim.learning_rate."""
+    warmup_steps: int | None = None
+    """Of l0: steps in which the constraint goes from all parts to the sizes asked for; None: half of end_step."""
+    end_step: int | None = None
+    """Of l0: step from which the gates stand still, with exactly as many open as asked for, and what is left trains
+    alone; None: three quarters of the run."""
 
     @property
     def on(self) -> bool:
         return bool(self.keep_layers) or any(
             size is not None for size in (self.layers, self.width, self.mlp_width, self.kv_heads)
         )
+
+    @property
+    def learned(self) -> bool:
+        """Whether what goes is found in training, and not before the first step."""
+        return self.on and self.criterion == "l0"
 
 
 @dataclass(frozen=True)
@@ -213,6 +230,16 @@ def _check_distill(cfg: Any) -> None:
             not (getattr(d, field) and d.cached),
             f"distill.{field} = {getattr(d, field)}: cached logits know nothing of a teacher's inside; set "
             "distill.teacher instead of distill.cached",
+        )
+    for field, on in (
+        ("distill.cached", d.cached is not None), ("distill.hidden", d.hidden), ("distill.attention", d.attention),
+        ("distill.relations", d.relations), ("distill.on_policy", d.on_policy),
+        ("convert.transfer_steps", cfg.convert.transfer_steps),
+    ):  # fmt: skip
+        _demand(
+            not (d.loss == "uld" and on),
+            f"distill.loss = uld with {field}: the teacher reads other tokens than the student, at other places; leave "
+            f"{field} out, or take a teacher with the student's tokenizer and another loss",
         )
     _demand(0 <= d.on_policy <= 1, f"distill.on_policy = {d.on_policy}: a share of steps, between 0 and 1")
     _demand(
@@ -320,10 +347,14 @@ def _check_shrink(cfg: Any) -> None:
     s = cfg.shrink
     if not s.on:
         return
-    _demand(cfg.model.init_from is not None, "shrink needs a model to cut from: set model.init_from")
+    _demand(
+        cfg.model.init_from is not None or s.learned,
+        "shrink needs a model to cut from: set model.init_from, or shrink.criterion = l0",
+    )
     for field in ("layers", "width", "mlp_width", "kv_heads"):
         value = getattr(s, field)
-        _demand(value is None or value >= 1, f"shrink.{field} = {value}: must be at least 1")
+        least = min(value, default=0) if isinstance(value, tuple) else value
+        _demand(least is None or least >= 1, f"shrink.{field} = {value}: must be at least 1")
     _demand(
         not (s.keep_layers and s.layers),
         "shrink.layers and shrink.keep_layers exclude each other: give the number, or the list",
@@ -332,6 +363,58 @@ def _check_shrink(cfg: Any) -> None:
         list(s.keep_layers) == sorted(set(s.keep_layers)),
         f"shrink.keep_layers = {s.keep_layers}: numbers of layers from 0, each once, in rising order",
     )
+    if s.learned:
+        _check_gates(cfg)
+        return
+    for field in ("warmup_steps", "end_step"):
+        _demand(
+            getattr(s, field) is None,
+            f"shrink.{field} = {getattr(s, field)} belongs to shrink.criterion = l0; {s.criterion} cuts before step 0",
+        )
+
+
+def _check_gates(cfg: Any) -> None:
+    s, steps = cfg.shrink, cfg.train.steps
+    warmup, end = gate_steps(cfg)
+    _demand(1 <= end <= steps, f"shrink.end_step = {end}: must be a step of the run, from 1 to train.steps = {steps}")
+    _demand(
+        0 <= warmup <= end,
+        f"shrink.warmup_steps = {warmup}: must be at least 0 and not more than shrink.end_step = {end}",
+    )
+    _demand(s.gate_learning_rate > 0, f"shrink.gate_learning_rate = {s.gate_learning_rate}: must be above 0")
+    _demand(
+        cfg.optim.learning_rate > 0,
+        "optim.learning_rate = 0 with shrink.criterion = l0: gates follow its schedule; make it small instead",
+    )
+    _demand(
+        not s.keep_layers,
+        f"shrink.keep_layers = {s.keep_layers}: with shrink.criterion = l0 gates choose the layers; set shrink.layers, "
+        "or cut these with another criterion in a run before",
+    )
+    each = next((name for name in ("mlp_width", "kv_heads") if isinstance(getattr(s, name), tuple)), None)
+    _demand(
+        s.layers is None or each is None,
+        f"shrink.{each} has a number for each layer, but with shrink.criterion = l0 and shrink.layers = {s.layers} "
+        "nobody knows which layers stay: give one number",
+    )
+    for name, on in (("prune", cfg.prune.on), ("quantize", cfg.quantize.on)):
+        _demand(
+            not on,
+            f"shrink.criterion = l0 with {name}: the matrices that it works on are cut smaller at the end; let a "
+            "second run do it, with this one as model.init_from",
+        )
+    _demand(
+        cfg.optim.name != "schedule_free_adamw",
+        "shrink.criterion = l0: schedule_free_adamw ships an average of weights under gates that had not closed yet; "
+        "use optim.name = adamw",
+    )
+
+
+def gate_steps(cfg: Any) -> tuple[int, int]:
+    """(steps until shrink's constraint is as tight as asked for, step from which its gates stand still)."""
+    s = cfg.shrink
+    end = cfg.train.steps * 3 // 4 if s.end_step is None else s.end_step
+    return (end // 2 if s.warmup_steps is None else s.warmup_steps), end
 
 
 def _check_convert(cfg: Any) -> None:

@@ -88,8 +88,9 @@ def coerce(value: Any, hint: Any, path: str) -> Any:
     if origin is types.UnionType or origin is typing.Union:
         if value is None and type(None) in args:
             return None
-        (inner,) = [a for a in args if a is not type(None)]
-        return coerce(value, inner, path)
+        kinds = [a for a in args if a is not type(None)]
+        listed = isinstance(value, (list, tuple))
+        return coerce(value, next((a for a in kinds if (typing.get_origin(a) is tuple) == listed), kinds[0]), path)
     if origin is Literal:
         if value in args:
             return value

@@ -11,7 +11,8 @@ from slm.errors import ConfigError
 
 def test_json_round_trip_keeps_every_field():
     changes = {"model.attention": ("window", "softmax"), "optim.clip_norm": None, "data.weights": (0.5, 1.5),
-               "train.z_loss": 1e-4, "log.profile": (3, 5), "seed": 7}  # fmt: skip
+               "train.z_loss": 1e-4, "log.profile": (3, 5), "seed": 7,
+               "shrink.mlp_width": (8, 16), "shrink.kv_heads": 2}  # fmt: skip
     cfg = override(slm.Experiment(), changes)
     assert from_json(to_json(cfg)) == cfg
     assert flatten(cfg) | changes == flatten(cfg)
@@ -24,6 +25,8 @@ def test_values_are_converted_only_where_nothing_is_lost():
     assert isinstance(cfg.optim.learning_rate, float)
     assert cfg.model.attention == ("window",)
     assert cfg.data.weights == (1.0, 2.0)
+    cfg = override(cfg, {"shrink.mlp_width": [8, 16], "shrink.kv_heads": 2})
+    assert (cfg.shrink.mlp_width, cfg.shrink.kv_heads) == ((8, 16), 2)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,8 @@ def test_values_are_converted_only_where_nothing_is_lost():
         ({"optim.learning_rate": "fast"}, "must be of type float"),
         ({"train.steps": 1.5}, "must be of type int"),
         ({"train.steps": True}, "must be of type int"),
+        ({"shrink.mlp_width": "wide"}, r"shrink.mlp_width = 'wide': must be of type int"),
+        ({"shrink.mlp_width": (8, 1.5)}, r"shrink.mlp_width\[1\] = 1.5: must be of type int"),
         ({"model.mlp": "swiglo"}, "did you mean swiglu"),
         ({"model": 3}, "is a section"),
         ({"model.width.x": 3}, "unknown field"),

@@ -68,6 +68,17 @@ def test_a_cached_teacher_teaches_as_the_teacher_does(home, monkeypatch):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=2e-5)
 
 
+def test_a_teacher_with_another_tokenizer(home, monkeypatch):
+    use_devices(monkeypatch, 1)
+    how = {"data__tokenizer": "bpe:280", "distill__loss": "uld", "distill__alpha": 1.0, "train__steps": 30}
+    run = train(student(home, "foreign", **how, train__evaluate_every=0, checkpoint__every=0))
+    assert run.model.tokenizer.vocab_size == 280
+    rows = run.history
+    assert all(0.3 < row["aligned"] <= 1 for row in rows)
+    first, last = (np.mean([row["divergence"] for row in part]) for part in (rows[:3], rows[-3:]))
+    assert last < 0.8 * first, (first, last)
+
+
 def test_a_teacher_is_no_part_of_the_saved_state(home, monkeypatch):
     """Nor of the compiled step: its parameters are an argument, so that another teacher compiles nothing anew."""
     use_devices(monkeypatch, 1)
@@ -81,7 +92,10 @@ def test_a_teacher_is_no_part_of_the_saved_state(home, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__tokenizer": "chars"}, r"another tokenizer, with 257 ids .* set data.tokenizer to the teacher's"),
+        (
+            {"data__tokenizer": "chars"},
+            r"with 257 ids .* data.tokenizer to the teacher's, or distill.loss = uld.* sample_teacher",
+        ),
         ({"model__vocab_size": 300}, r"model.vocab_size = 257 and the student 300"),
         ({"distill__attention": 1.0, "model__heads": 4}, r"has 4 heads and layer 2 of the teacher 2"),
     ],

@@ -62,7 +62,7 @@ def test_what_is_shipped_is_what_was_seen(how):
     cfg, program, state = aware(how)
     seen = program.evaluation_params(jax.tree.map(jnp.asarray, state))
     extra = {"learned": state.extra.learned, "transforms": state.extra.transforms}
-    packed = shipped(cfg, state.params, extra, state.step)
+    _, packed = shipped(cfg, state.params, extra, state.step)
     stored = flat(dequantized(packed))
     # RoundedInputs stand one deeper.
     shown = {
@@ -85,7 +85,7 @@ def test_most_of_what_rounding_costs_comes_back(how):
     model = LanguageModel(trained()[0], BASE, None)
     rounded = held_out(plain, quantize(model, embedding=False, **grid).params)
     extra = {"learned": state.extra.learned, "transforms": state.extra.transforms}
-    found = held_out(plain, shipped(cfg, state.params, extra, state.step))
+    found = held_out(plain, shipped(cfg, state.params, extra, state.step)[1])
     assert rounded > floats + 0.1
     assert (rounded - found) / (rounded - floats) > 0.8, (rounded, found, floats)
 

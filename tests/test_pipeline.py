@@ -44,7 +44,7 @@ def test_shrunk_taught_rounded_written(tmp_path):
     grid = {"quantize.scheme": "int8", "quantize.embedding": True, "optim.learning_rate": 5e-4}
     cfg, state = trained(override(small.config, grid), state.params, whole, ROUNDED, 4)
     extra = {"learned": state.extra.learned, "transforms": state.extra.transforms}
-    made = LanguageModel(shipped(cfg, state.params, extra, state.step), small.config, None)
+    made = LanguageModel(shipped(cfg, state.params, extra, state.step)[1], small.config, None)
     slm.save(made, tmp_path / "model")
     after = held_out(plain, slm.load(tmp_path / "model").params)
     assert after < 1.05 * before, (before, lost, back, after)

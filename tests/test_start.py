@@ -1,5 +1,6 @@
 """Runs that begin with another run's model, made smaller or other: planned from sizes, done once, resumed bit-equal."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from tiny_run import curve, stop_at, tiny, use_devices
 
 import slm
-from slm.config import override
+from slm.config import ShrinkConfig, override
 from slm.errors import ConfigError
 from slm.models.paths import flat
 from slm.models.quantized import is_quantized
@@ -50,10 +51,11 @@ def test_it_begins_where_the_other_ended(folder):
     )
 
 
-def test_a_shrunken_model_is_an_ordinary_one_and_resumes(folder, monkeypatch):
-    how = {"shrink__mlp_width": 40, "shrink__layers": 2, "train__log_every": 1, "checkpoint__every": 2}
-    cfg = begun(folder, "shrunk", **how)
-    uninterrupted = train(override(cfg, {"name": "shrunk_whole"}))
+@pytest.mark.parametrize("sizes", [40, (40, 24)], ids=["alike", "each its own"])
+def test_a_shrunken_model_is_an_ordinary_one_and_resumes(folder, monkeypatch, sizes):
+    how = {"shrink__mlp_width": sizes, "shrink__layers": 2, "train__log_every": 1, "checkpoint__every": 2}
+    cfg = begun(folder, f"shrunk_{np.ndim(sizes)}", **how)
+    uninterrupted = train(override(cfg, {"name": f"{cfg.name}_whole"}))
     stop_at(monkeypatch, 3)
     assert not train(cfg).finished
     stop_at(monkeypatch, None)
@@ -62,14 +64,52 @@ def test_a_shrunken_model_is_an_ordinary_one_and_resumes(folder, monkeypatch):
     run = train(cfg)
     assert curve(run.history) == curve(uninterrupted.history)
     stored = json.loads((run.dir / "config.json").read_text())["model"]
-    assert (stored["layers"], stored["mlp_width"], stored["width"]) == (2, 40, 32)
-    m = run.model.config.model
-    assert flat(run.model.params)["blocks/0/mlp/up/kernel"].shape == (2, 32, 40)
-    assert (m.layers, m.mlp_width) == (2, 40)
+    m, leaves = run.model.config.model, flat(run.model.params)
+    if sizes == 40:
+        assert (stored["layers"], stored["mlp_width"], stored["width"]) == (2, 40, 32)
+        assert leaves["blocks/0/mlp/up/kernel"].shape == (2, 32, 40)
+        assert (m.layers, m.mlp_width) == (2, 40)
+    else:
+        assert (stored["layers"], tuple(stored["layer_mlp_widths"])) == (2, sizes) == (m.layers, m.layer_mlp_widths)
+        assert [leaves[f"blocks/{i}/mlp/up/kernel"].shape for i in (0, 1)] == [(1, 32, 40), (1, 32, 24)]
+        # Nothing of how it became small is needed to read it.
+        plain = dataclasses.replace(run.model, config=dataclasses.replace(run.model.config, shrink=ShrinkConfig()))
+        slm.save(plain, folder / f"saved_{cfg.name}")
+        again = slm.load(folder / f"saved_{cfg.name}")
+        tokens, text = np.arange(24)[None] % 257, str(folder / "text.txt")
+        np.testing.assert_array_equal(slm.logits(again, tokens), slm.logits(run.model, tokens))
+        assert slm.evaluate(again, text) == slm.evaluate(run.model, text)
+        assert slm.generate(again, "1 times", max_new_tokens=4) == slm.generate(run.model, "1 times", max_new_tokens=4)
     whole = slm.load(folder / "runs" / "whole")
     assert run.history[0]["loss"] < 0.85 * np.log(257)  # it has not begun from nothing
     assert len(slm.generate(run.model, "1 times", max_new_tokens=4)) > 0
     assert sum(a.size for a in jax.tree.leaves(run.model.params)) < sum(a.size for a in jax.tree.leaves(whole.params))
+
+
+def test_a_run_whose_gates_shut_ships_the_smaller_model_and_resumes(folder, monkeypatch):
+    how = {"shrink__criterion": "l0", "shrink__mlp_width": 40, "shrink__layers": 2, "shrink__end_step": 4}
+    cfg = begun(folder, "gates", **how, train__log_every=1, checkpoint__every=2)
+    uninterrupted = train(override(cfg, {"name": "gates_whole"}))
+    stop_at(monkeypatch, 2)
+    assert not train(cfg).finished
+    assert flat(slm.load(cfg.run_dir).params)["blocks/0/mlp/up/kernel"].shape == (2, 32, 40)  # whenever it is cut
+    stop_at(monkeypatch, None)
+    run = train(cfg)
+    assert curve(run.history) == curve(uninterrupted.history)
+    assert {"open_mlp", "open_layers"} <= run.history[0].keys()
+    model, stored = run.model, json.loads((run.dir / "config.json").read_text())
+    assert (stored["model"]["layers"], stored["shrink"]["criterion"]) == (3, "l0")  # what trained
+    m = model.config.model
+    assert (m.layers, m.mlp_width, model.config.shrink) == (2, 40, ShrinkConfig())  # what it made
+    slm.save(model, folder / "gates_saved")
+    np.testing.assert_array_equal(
+        slm.logits(slm.load(folder / "gates_saved"), np.arange(9)[None]), slm.logits(model, np.arange(9)[None])
+    )
+    # And it is a model to begin with.
+    again = train(begun(folder, "gates_again", model__init_from=str(run.dir), optim__learning_rate=0.0))
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.model.params, model.params))
+    # What was scored in training is what is shipped.
+    assert again.history[0]["validation_loss"] == pytest.approx(run.history[-1]["validation_loss"], rel=1e-5)
 
 
 def test_other_mixers(folder):
@@ -100,6 +140,8 @@ def test_pruned_once_and_kept(folder, criterion):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model__width": 64}, r"model\.width = 64 contradicts model\.init_from"),
     ({"shrink__mlp_width": 999}, r"shrink\.mlp_width = 999: layer 0 has 96"),
+    ({"shrink__mlp_width": (40, 40)}, r"shrink\.mlp_width = \(40, 40\): give one number, or one for each of 3 layers"),
+    ({"shrink__kv_heads": (1, 0, 1)}, r"shrink\.kv_heads = \(1, 0, 1\): must be at least 1"),
     ({"shrink__layers": 4}, r"shrink\.layers = 4: the model has 3"),
     ({"convert__attention": ("gal",)}, "no mechanism 'gal': did you mean gla"),
     ({"model__init_from": None, "prune__sparsity": 0.5, "prune__schedule": "one_shot", "prune__criterion": "wanda"},

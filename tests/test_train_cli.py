@@ -58,6 +58,9 @@ def test_fields_of_every_kind(config):
     two = parse([config, "--model.attention", "window", "softmax", "--dry-run", "--devices", "4"])
     assert two.experiment.model.attention == ("window", "softmax")
     assert (two.dry_run, two.devices) == (True, 4)
+    small = ("--model.init-from", "runs/large", "--shrink.mlp-width", "8", "16", "--shrink.kv-heads", "1")
+    shrink = parse([config, *small]).experiment.shrink
+    assert (shrink.mlp_width, shrink.kv_heads) == ((8, 16), 1)
 
 
 def test_a_python_config(tmp_path):

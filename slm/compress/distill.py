@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from slm.compress.divergences import DIVERGENCES, INFINITE_AT_ZERO, dense_rows
+from slm.compress.divergences import DIVERGENCES, INFINITE_AT_ZERO, dense_rows, uld
 from slm.compress.features import features
 from slm.config import DistillConfig, Experiment
 from slm.errors import ConfigError
@@ -32,8 +32,10 @@ def distill_objective(
       vocab_size: ids below this one are tokens, and those from here on padding, which the divergence leaves out; None:
         all that both have.
 
-    Its sums are those of `plain_objective`, `divergence` (nats, without the factor), and each feature's. No more than
-    cfg.train.loss_chunk steps have logits at once. The teacher gets no gradient.
+    Its sums are those of `plain_objective`, `divergence` (nats, without the factor), and each feature's. With
+    distill.loss = uld the batch holds what slm.compress.translate adds as well, the divergence is 0 where the teacher
+    has no token that ends with the student's, and `aligned` counts the others. No more than cfg.train.loss_chunk steps
+    have logits at once. The teacher gets no gradient.
 
     Raises ConfigError where the models or settings do not fit together.
     """
@@ -43,10 +45,10 @@ def distill_objective(
             f"distill.loss = {distill.loss} is infinite where the teacher says 0, as distill.missing = "
             f"{distill.missing} does: set distill.missing = uniform"
         )
-    divergence = DIVERGENCES[distill.loss]
-    sizes = (transformer.cfg.vocab_size, vocab_size, teacher and teacher.cfg.vocab_size)
+    foreign = distill.loss == "uld"
+    sizes = (transformer.cfg.vocab_size, vocab_size, None if foreign else teacher and teacher.cfg.vocab_size)
     common = min(size for size in sizes if size)
-    imitated = None if teacher is None else features(distill, transformer, teacher)
+    imitated = None if teacher is None or foreign else features(distill, transformer, teacher)
     take = None if imitated is None else imitated.take
     documents = cfg.data.packing == "documents"
 
@@ -62,23 +64,37 @@ def distill_objective(
         given = arrays["targets"] >= 0  # not written by the student itself (slm.compress.rollout)
         targets = jnp.where(given, arrays["targets"], ~arrays["targets"])
         cross_entropy, nats, correct = target_losses(logits, targets)
+        mine, sums = logits[..., :common] / temperature, {"nats": nats, "correct": correct}
         if teacher is None:
             ids, log_probs, log_tail = (arrays[name] for name in CACHED)
             log_p = dense_rows(ids, log_probs, log_tail, common, temperature, distill.missing)
         else:
             theirs = chunk_logits(arrays["hidden"], constants["unembedding"], teacher.cfg.logit_softcap)
-            log_p = jax.nn.log_softmax(theirs[..., :common] / temperature)
-        apart = divergence(logits[..., :common] / temperature, log_p, beta)
+            log_p = jax.nn.log_softmax((theirs if foreign else theirs[..., :common]) / temperature)
+        if foreign:
+            aligned = arrays["aligned"].astype(jnp.float32)
+            apart, sums = uld(mine, log_p) * aligned, sums | {"aligned": aligned}
+        else:
+            apart = DIVERGENCES[distill.loss](mine, log_p, beta)
         objective = alpha * temperature**2 * apart + (1 - alpha) * jnp.where(given, cross_entropy, 0)
         if cfg.train.z_loss:
             objective += cfg.train.z_loss * jax.nn.logsumexp(logits, -1) ** 2
-        return objective, {"nats": nats, "correct": correct, "divergence": apart}
+        return objective, sums | {"divergence": apart}
 
     def apply(params, learned, batch, teacher_params, step):
         (hidden, unembedding), seen = inside(transformer, params, batch)
         arrays, constants = {"targets": batch["targets"]}, {"settings": settings(distill, step, steps)}
         if teacher is None:
             arrays |= {name: batch[name] for name in CACHED}
+        elif foreign:
+            own = {
+                name: batch[f"teacher_{name}"].reshape(len(batch["tokens"]), -1) for name in ("tokens", "segment_ids")
+            }
+            own |= {"positions": None}  # from the beginning of each segment
+            (theirs, matrix), _ = inside(teacher, jax.lax.stop_gradient(teacher_params), own)
+            at = batch["teacher_at"]
+            arrays |= {"hidden": jnp.take_along_axis(theirs, jnp.maximum(at, 0)[..., None], 1), "aligned": at >= 0}
+            constants["unembedding"] = matrix
         else:
             (theirs, matrix), seen_there = inside(teacher, jax.lax.stop_gradient(teacher_params), batch)
             arrays["hidden"], constants["unembedding"] = theirs, matrix

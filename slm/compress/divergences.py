@@ -71,6 +71,16 @@ def logistic_ranking(student_logits, teacher_log_probs, beta=None):
     return _mean_of_pairs(p, jax.nn.softplus(-_pairs(jnp.take_along_axis(student_logits, ids, -1))))
 
 
+def uld(student_logits, teacher_log_probs):
+    """Sum of |p_(i) - q_(i)| over probabilities sorted from the largest, those that the smaller vocabulary lacks being
+    0: at most 2 (Universal Logit Distillation, Boizard et al. 2024). Vocabularies may differ, and ids mean nothing."""
+    both = jax.nn.log_softmax(student_logits), teacher_log_probs
+    q, p = (jnp.sort(jnp.exp(x), axis=-1, descending=True) for x in both)
+    size = max(q.shape[-1], p.shape[-1])
+    q, p = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) for x in (q, p))
+    return jnp.abs(p - q).sum(-1)
+
+
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -81,7 +91,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "hinge_ranking": hinge_ranking,
     "logistic_ranking": logistic_ranking,
 }
-"""Name in `distill.loss` to function."""
+"""Name in `distill.loss` to function, of those between distributions over the same tokens."""
 INFINITE_AT_ZERO = ("reverse_kl",)
 """Those that need a probability above 0 for every token."""
 

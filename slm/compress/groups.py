@@ -61,6 +61,17 @@ OUTSIDE: dict[str, Axes] = {
 """Parameters outside of layers, of models without a dense layer in front of the head."""
 
 
+def reads(axes: Axes, kind: str) -> bool:
+    """Whether a parameter with these axes is the matrix that reads parts of this kind, MLP or HEADS: where its rows are
+    zero, those parts might as well not be."""
+    return len(axes) == 2 and axes[0] == kind
+
+
+def writes_to_the_stream(name: str, axes: Axes) -> bool:
+    """Whether channels of the stream are sums of what this parameter says. Norms only scale what is there."""
+    return axes[-1] == WIDTH and not name.endswith("/scale")
+
+
 class Kept(NamedTuple):
     """What stays of `count` parts."""
 

@@ -36,6 +36,8 @@ def lessons(cfg: Experiment, program: Program, techniques: Techniques, teaching:
         return Lessons(entries=lambda *share: teaching.cached.read(*data.drawn(*share)))
     (abstract,) = program.teacher
     theirs = jax.tree.map(lambda a, one: jax.device_put(one, a.sharding), abstract, teaching.params)
+    if teaching.translator is not None:
+        return Lessons((theirs,), lambda *share: teaching.translator.entries(data.train_batch(*share)))
     return Lessons((theirs,), rewrite=_rewriting(cfg, program, techniques, data.tokenizer))
 
 

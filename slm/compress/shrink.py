@@ -12,8 +12,8 @@ import numpy as np
 
 from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens
 from slm.compress.groups import cut_layer, cut_outside, highest, stream_eps
-from slm.compress.importance import HEADS, MLP, WIDTH, block_influence, importance
-from slm.config import ModelConfig, ShrinkConfig
+from slm.compress.importance import HEADS, MLP, WIDTH, Scores, block_influence, importance
+from slm.config import Experiment, ModelConfig, ShrinkConfig
 from slm.errors import ConfigError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
@@ -57,18 +57,47 @@ def shrink(
 
     Raises ConfigError, naming the field, for what cannot be.
     """
-    spec = ShrinkConfig(layers=layers, keep_layers=tuple(keep_layers), width=width, criterion=criterion)
+    if criterion == "l0":
+        raise ConfigError(
+            "shrink.criterion = l0 is learned in training: set it in a run's config, or take another here"
+        )
+    spec = ShrinkConfig(layers, tuple(keep_layers), width, mlp_width, kv_heads, criterion)
     check_float_weights(model.params)
     measures = layers is not None or (criterion in ("activation", "taylor") and (width or mlp_width or kv_heads))
     if measures and calibration is None:
         raise ConfigError("shrink measures what to keep: give calibration, a text or ids (N, T)")
     tokens = None if calibration is None else calibration_tokens(model, calibration, sequences, length, seed)
-    return _shrunk(model, spec, mlp_width, kv_heads, tokens, seed)
+    return shrink_to(model, spec, tokens, seed)
 
 
-def shrink_to(model: LanguageModel, spec: ShrinkConfig, tokens: np.ndarray, seed: int) -> LanguageModel:
+def shrink_to(model: LanguageModel, spec: ShrinkConfig, tokens: np.ndarray | None, seed: int) -> LanguageModel:
     """`shrink` as a config asks for it: to `shrunk_config(model.config.model, spec)`."""
-    return _shrunk(model, spec, spec.mlp_width, spec.kv_heads, tokens, seed)
+    cfg = model.config.model
+    check_shrinkable(cfg)
+    if spec.criterion == "taylor" and cfg.head != "lm":
+        raise ConfigError(
+            f"shrink.criterion = taylor: model.head = {cfg.head} has no loss of the next token; use activation"
+        )
+    keep = spec.keep_layers
+    if spec.layers is not None and not keep:
+        with_layers(cfg, (0,), spec.layers)
+        keep = tuple(sorted(np.argsort(-block_influence(model, tokens), kind="stable")[: spec.layers].tolist()))
+    model = _with_layers(model, keep)
+    if narrowed(model.config.model, spec.width, spec.mlp_width, spec.kv_heads) == model.config.model:
+        return model
+    return cut(model, spec, importance(model, spec.criterion, tokens, seed))
+
+
+def cut(model: LanguageModel, spec: ShrinkConfig, scores: Scores, keep: tuple[int, ...] = ()) -> LanguageModel:
+    """The layers `keep`, or all of them, with the parts of the highest scores, as many as `spec` says.
+
+    `scores` are those of all layers of `model`; of heads there may be one for each group.
+    """
+    if keep:
+        scores = scores | {name: [scores[name][number] for number in keep] for name in (MLP, HEADS)}
+        model = _with_layers(model, keep)
+    smaller = narrowed(model.config.model, spec.width, spec.mlp_width, spec.kv_heads)
+    return _with(model, smaller, _narrow_params(model, smaller, scores))
 
 
 def shrunk_config(cfg: ModelConfig, spec: ShrinkConfig) -> ModelConfig:
@@ -81,6 +110,13 @@ def shrunk_config(cfg: ModelConfig, spec: ShrinkConfig) -> ModelConfig:
         )
     keep = spec.keep_layers or tuple(range(spec.layers or cfg.layers))
     return narrowed(with_layers(cfg, keep, spec.layers), spec.width, spec.mlp_width, spec.kv_heads)
+
+
+def shipped_config(cfg: Experiment) -> Experiment:
+    """The config of the model that a run of `cfg` makes: of the smaller one, if it learns what goes."""
+    if not cfg.shrink.learned:
+        return cfg
+    return dataclasses.replace(cfg, model=shrunk_config(cfg.model, cfg.shrink), shrink=ShrinkConfig())
 
 
 def check_shrinkable(cfg: ModelConfig) -> None:
@@ -129,7 +165,7 @@ def narrowed(cfg: ModelConfig, width=None, mlp_width=None, kv_heads=None) -> Mod
         if cfg.mlp == "none":
             raise ConfigError(f"shrink.mlp_width = {mlp_width}: the model has no feed-forward (model.mlp = none)")
     if kv_heads is not None:
-        _check_softmax(cfg, "kv_heads")
+        check_softmax(cfg, "kv_heads")
         now = [layer.cfg.kv_heads or layer.cfg.heads for layer in layers(cfg)]
         sizes = _sizes("kv_heads", "layer_kv_heads", kv_heads, now)
         ratios = [layer.cfg.heads // n for layer, n in zip(layers(cfg), now)]
@@ -140,7 +176,7 @@ def narrowed(cfg: ModelConfig, width=None, mlp_width=None, kv_heads=None) -> Mod
             changes |= sizes | {"heads": kv_heads * ratios[0], "layer_heads": ()}
         changes["head_dim"] = head_dim(cfg)
     if width is not None:
-        _check_softmax(cfg, "width")
+        check_softmax(cfg, "width")
         if not 1 <= width <= cfg.width:
             raise ConfigError(f"shrink.width = {width}: the model has {cfg.width} channels")
         for field, ok in (
@@ -167,12 +203,11 @@ def _sizes(name: str, own: str, wanted, now: list[int]) -> dict[str, Any]:
     for number, (new, old) in enumerate(zip(each, now)):
         if not 1 <= new <= old:
             raise ConfigError(f"shrink.{name} = {new}: layer {number} has {old}")
-    if isinstance(wanted, int):
-        return {name: wanted, own: ()}
-    return {own: each}
+    return {name: wanted, own: ()} if isinstance(wanted, int) else {own: each}
 
 
-def _check_softmax(cfg: ModelConfig, field: str) -> None:
+def check_softmax(cfg: ModelConfig, field: str) -> None:
+    """Raises ConfigError, naming the field, unless it is known what goes together in all mixers."""
     for layer in layers(cfg):
         if not issubclass(layer.mixer, SoftmaxMixer):
             raise ConfigError(
@@ -189,27 +224,13 @@ def _shortest(pattern: tuple[str, ...]) -> tuple[str, ...]:
     return pattern
 
 
-def _shrunk(model: LanguageModel, spec: ShrinkConfig, mlp_width, kv_heads, tokens, seed) -> LanguageModel:
-    cfg = model.config.model
-    check_shrinkable(cfg)
-    if spec.criterion == "taylor" and cfg.head != "lm":
-        raise ConfigError(
-            f"shrink.criterion = taylor: model.head = {cfg.head} has no loss of the next token; use activation"
-        )
-    keep = spec.keep_layers
-    if spec.layers is not None and not keep:
-        with_layers(cfg, (0,), spec.layers)
-        keep = tuple(sorted(np.argsort(-block_influence(model, tokens), kind="stable")[: spec.layers].tolist()))
-    if keep:
-        chosen = with_layers(cfg, keep)
-        where = layerwise.places(model.transformer)
-        rows = [layerwise.layer_params(model.params, where[number]) for number in keep]
-        model = _with(model, chosen, layerwise.assembled(Transformer(chosen), model.params, rows))
-    smaller = narrowed(model.config.model, spec.width, mlp_width, kv_heads)
-    if smaller == model.config.model:
+def _with_layers(model: LanguageModel, keep: tuple[int, ...]) -> LanguageModel:
+    """`model` with these layers alone; all of them if none is named."""
+    if not keep:
         return model
-    scores = importance(model, spec.criterion, tokens, seed)
-    return _with(model, smaller, _narrow_params(model, smaller, scores))
+    chosen, where = with_layers(model.config.model, keep), layerwise.places(model.transformer)
+    rows = [layerwise.layer_params(model.params, where[number]) for number in keep]
+    return _with(model, chosen, layerwise.assembled(Transformer(chosen), model.params, rows))
 
 
 def _with(model: LanguageModel, cfg: ModelConfig, params: Any) -> LanguageModel:

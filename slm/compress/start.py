@@ -14,7 +14,7 @@ import numpy as np
 
 from slm.compress.convert import converted_config, converted_params
 from slm.compress.prune import CALIBRATED, starting_prune
-from slm.compress.shrink import shrink_to, shrunk_config
+from slm.compress.shrink import shipped_config, shrink_to, shrunk_config
 from slm.config import Experiment, MixerConfig, from_json
 from slm.errors import CheckpointError, ConfigError
 from slm.interop.starting import agreed, started_from, starting_parameters
@@ -44,7 +44,7 @@ def starting_config(cfg: Experiment) -> Experiment:
         cfg = _from_run(cfg) if _is_ours(cfg.model.init_from) else started_from(cfg)
     except CheckpointError as error:
         raise CheckpointError(f"model.init_from = {cfg.model.init_from!r}: {error}") from error
-    model = shrunk_config(cfg.model, cfg.shrink) if cfg.shrink.on else cfg.model
+    model = shrunk_config(cfg.model, cfg.shrink) if _cuts(cfg) else cfg.model
     if cfg.convert.on:
         chosen = {field.name: getattr(mixer, field.name) for field in dataclasses.fields(MixerConfig)}
         switches = {name: value for name, value in chosen.items() if value is not None}
@@ -64,14 +64,14 @@ def starting_params(
     Raises what opening a model, and each of the changes, raises.
     """
     path, measures = cfg.model.init_from, cfg.prune.on and cfg.prune.criterion in CALIBRATED
-    if not (_is_ours(path) or cfg.shrink.on or cfg.convert.on or measures):
+    if not (_is_ours(path) or _cuts(cfg) or cfg.convert.on or measures):
         return starting_parameters(cfg, place)
     from slm.evaluation.opening import open_model
 
     model = open_model(path)
     model = dataclasses.replace(model, params=dequantized(model.params))
     origin = model.origin
-    if cfg.shrink.on:
+    if _cuts(cfg):
         model = shrink_to(model, cfg.shrink, sequences(data, cfg.shrink.calibration), cfg.seed)
     if cfg.convert.on:
         becomes = Transformer(cfg.model)
@@ -90,6 +90,11 @@ def sequences(data: Any, count: int) -> np.ndarray:
     return data.train_batch(0, min(count, data.train_sequences))["tokens"]
 
 
+def _cuts(cfg: Experiment) -> bool:
+    """Whether the model is made smaller before the first step."""
+    return cfg.shrink.on and not cfg.shrink.learned
+
+
 def _is_ours(path: str) -> bool:
     """Whether it is a run of ours, or a model that slm.save wrote: their config.json has a section `model`."""
     try:
@@ -106,4 +111,4 @@ def _from_run(cfg: Experiment) -> Experiment:
     folder = Path(cfg.model.init_from).expanduser()
     if not (folder / TOKENIZER).is_file():
         raise CheckpointError(f"{str(folder)!r} has no {TOKENIZER}: copy it back")
-    return agreed(cfg, _stored(cfg.model.init_from).model, folder)
+    return agreed(cfg, shipped_config(_stored(cfg.model.init_from)).model, folder)

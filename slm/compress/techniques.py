@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from slm.compress.fake_quant import packed_params, quantize_transform
+from slm.compress.gates import cut_by_gates, gate_transform
 from slm.compress.masks import mask_transform
 from slm.compress.teacher import Teaching, planned_teaching, teaching
 from slm.config import Experiment
@@ -39,6 +40,8 @@ def planned_teaching_of(cfg: Experiment, mesh: Mesh) -> Teaching | None:
 def transforms_of(cfg: Experiment) -> Transforms:
     """The transforms among them."""
     shapes, found = abstract_parameters(cfg.model), {}
+    if cfg.shrink.learned:
+        found["gate"] = gate_transform(cfg)
     if cfg.prune.on:
         found["mask"] = mask_transform(cfg, shapes)
     if cfg.quantize.on:
@@ -46,8 +49,9 @@ def transforms_of(cfg: Experiment) -> Transforms:
     return found
 
 
-def shipped(cfg: Experiment, params: Any, extra: dict[str, Any], step: Any) -> Any:
-    """The parameters of the model that a run has made: pruned weights are zeros, rounded ones are integers.
+def shipped(cfg: Experiment, params: Any, extra: dict[str, Any], step: Any) -> tuple[Experiment, Any]:
+    """The model that a run has made, its config and parameters: pruned weights are zeros, rounded ones are integers,
+    and parts whose gates are shut are gone.
 
     Args:
       cfg: of the run.
@@ -59,7 +63,9 @@ def shipped(cfg: Experiment, params: Any, extra: dict[str, Any], step: Any) -> A
     params = jax.tree.map(jnp.asarray, params)
     # A transform without state or parameters leaves nothing in a checkpoint.
     learned, states = ({name: extra[part].get(name, {}) for name in ORDER} for part in ("learned", "transforms"))
+    if cfg.shrink.learned:
+        return cut_by_gates(cfg, params, learned["gate"])
     params = transforms.apply(before, params, learned, states, step)
     if cfg.quantize.on and step >= cfg.quantize.begin_step:
-        return packed_params(cfg, params, learned["quantize"], states["quantize"])
-    return params
+        params = packed_params(cfg, params, learned["quantize"], states["quantize"])
+    return cfg, params

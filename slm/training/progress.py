@@ -148,11 +148,15 @@ def _facts(cfg: Experiment, plan: Plan) -> Table:
 def _techniques(cfg: Experiment) -> list[tuple[str, str]]:
     """What a run does besides plain training."""
     found = []
+    sizes = {field.name: getattr(cfg.shrink, field.name) for field in fields(ShrinkConfig)[:5]}
+    cut = [f"{name} {size}" for name, size in sizes.items() if size] if cfg.shrink.on else []
+    if cfg.shrink.learned:
+        found.append(("shrinks", f"by gates, to {', '.join(cut)}"))
     if cfg.model.init_from is not None:
-        sizes = {field.name: getattr(cfg.shrink, field.name) for field in fields(ShrinkConfig)[:5]}
-        cut = [f"{name} {size}" for name, size in sizes.items() if size] if cfg.shrink.on else []
         mixers = ["mixers " + " ".join(cfg.convert.attention)] if cfg.convert.on else []
-        found.append(("begins", ", ".join(["as " + cfg.model.init_from, *cut, *mixers])))
+        found.append(
+            ("begins", ", ".join(["as " + cfg.model.init_from, *([] if cfg.shrink.learned else cut), *mixers]))
+        )
     if cfg.distill.on:
         teacher = cfg.distill.teacher or cfg.distill.cached
         found.append(("taught", f"by {teacher}: {cfg.distill.loss}, alpha {cfg.distill.alpha}"))

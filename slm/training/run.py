@@ -78,7 +78,8 @@ def load(run_dir: str | Path, checkpoint: str | int = "latest") -> LanguageModel
     tokenizer_file = run_dir / TOKENIZER
     if not tokenizer_file.is_file():
         raise CheckpointError(f"{run_dir} has no {TOKENIZER}: copy it back, or train the run again")
-    params = jax.tree.map(jnp.asarray, _load_params(run_dir, cfg, checkpoint))
+    cfg, params = _shipped(run_dir, cfg, checkpoint)
+    params = jax.tree.map(jnp.asarray, params)
     return LanguageModel(params, cfg, Tokenizer.load(tokenizer_file), origin=kept_origin(run_dir))
 
 
@@ -90,13 +91,15 @@ def data_fingerprint(run_dir: str | Path, cfg: Experiment) -> str:
         return checkpoints.read_meta()["data"]
 
 
-def _load_params(run_dir: Path, cfg: Experiment, which: str | int) -> Any:
+def _shipped(run_dir: Path, cfg: Experiment, which: str | int) -> tuple[Experiment, Any]:
+    """(config, parameters) of the model that a run ships."""
     from slm.training.checkpoint import Checkpoints, compare
 
     checkpoints = Checkpoints(run_dir / CHECKPOINTS, cfg.checkpoint, read_only=True)
     try:
         step = checkpoints.find(which)
-        schedule_free, techniques = cfg.optim.name == "schedule_free_adamw", cfg.prune.on or cfg.quantize.on
+        schedule_free = cfg.optim.name == "schedule_free_adamw"
+        techniques = cfg.prune.on or cfg.quantize.on or cfg.shrink.learned
         name = "params" if cfg.optim.ema_decay is None else "ema"
         further = ("opt_state",) * schedule_free + ("extra",) * techniques
         parts = checkpoints.restore_parts((name, "step", *further), step)
@@ -105,7 +108,7 @@ def _load_params(run_dir: Path, cfg: Experiment, which: str | int) -> Any:
         if schedule_free:  # whose average is made of two trees
             params = evaluation_params(cfg.optim, SimpleNamespace(**parts["opt_state"]), params)
         if not techniques:
-            return params
+            return cfg, params
         from slm.compress.techniques import shipped
 
         return shipped(cfg, params, parts["extra"], parts["step"])

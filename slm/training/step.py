@@ -242,9 +242,10 @@ def make_train_step(
         loss_scale, extra = state.loss_scale, state.extra
         scale = (1.0 if loss_scale is None else loss_scale.scale) / weight
         learned = {} if extra is None else extra.learned
+        here = extra and extra.replace(transforms=transforms.drawn(transforms_, extra.transforms, state.step))
 
         def seen(params, learned):
-            return seen_by_model(transforms_, params, extra and extra.replace(learned=learned), state.step)
+            return seen_by_model(transforms_, params, here and here.replace(learned=learned), state.step)
 
         # Transforms run once a step, not once a micro-batch, and masks want gradients of what the model saw as well.
         view, pull_back = jax.vjp(seen, state.params, learned)
@@ -259,12 +260,14 @@ def make_train_step(
                 precision.unscale(tree, loss_scale) for tree in (grads, learned_grads, view_grads)
             )
         (grads, learned_grads), grad_norm = clip_by_global_norm((grads, learned_grads), optim.clip_norm)
+        learned_grads, penalties = transforms.penalised(transforms_, learned, learned_grads, state.step)
         moving = select(state.params, trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, moving)
         params = merge(state.params, optax.apply_updates(moving, updates))
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=None, loss_scale=None)
         if extra is not None:
             updates, learned_state = learned_optimizer.update(learned_grads, extra.opt_state)
+            updates = transforms.rated(transforms_, updates, state.step)
             moved = Moving(new.step, params, opt_state, view_grads, cfg.seed)
             states, moved = transforms.update(transforms_, extra.transforms, moved)
             learned = optax.apply_updates(extra.learned, updates)
@@ -278,7 +281,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "learning_rate": schedule(state.step - (0 if loss_scale is None else loss_scale.skipped)),
         }
-        metrics |= {name: value / weight for name, value in sums.items() if name not in ("nats", "correct")}
+        metrics |= {name: value / weight for name, value in sums.items() if name not in ("nats", "correct")} | penalties
         if loss_scale is not None:
             finite = jnp.isfinite(grad_norm)
             new = where_finite(finite, new, state.replace(step=new.step, ema=None, loss_scale=None))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from slm.models.paths import flat
 
-ORDER = ("adapter", "mask", "quantize")
+ORDER = ("adapter", "gate", "mask", "quantize")
 """Names of transforms, in the order in which they are applied."""
 
 
@@ -43,6 +43,12 @@ class ParamTransform(NamedTuple):
     """params -> `learned`: parameters of the transform itself, which are trained beside the model's."""
     freezes: bool = False
     """Only `learned` trains, and the model's own parameters stay as they are (adapters)."""
+    draw: Callable[[Any, jax.Array], Any] = lambda state, step: state
+    """(state, step) -> the state as a training step applies it, with this step's noise. Evaluation has none."""
+    penalty: Callable[[Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]] | None = None
+    """(learned, step) -> (what is added to the loss of a token, metrics): a constraint on `learned` alone."""
+    rate: Callable[[jax.Array], jax.Array] | None = None
+    """step -> learning rate of `learned` as a multiple of the run's own; None: 1."""
 
 
 Transforms = dict[str, ParamTransform]
@@ -67,6 +73,29 @@ def update(transforms: Transforms, states: dict, moving: Moving) -> tuple[dict, 
     for name, transform in ordered(transforms):
         states[name], moving = transform.update(states[name], moving)
     return states, moving
+
+
+def drawn(transforms: Transforms, states: dict, step: jax.Array) -> dict:
+    """States as a training step applies them."""
+    return states | {name: transform.draw(states[name], step) for name, transform in ordered(transforms)}
+
+
+def penalised(transforms: Transforms, learned: dict, grads: dict, step: jax.Array) -> tuple[dict, dict]:
+    """Gradients of `learned` with those of the penalties, and what these report. Penalties do not come from a batch:
+    add them behind what scales and clips its gradients."""
+    grads, reported = dict(grads), {}
+    for name, transform in ordered(transforms):
+        if transform.penalty is not None:
+            more, metrics = jax.grad(transform.penalty, has_aux=True)(learned[name], step)
+            grads[name] = jax.tree.map(jnp.add, grads[name], more)
+            reported |= metrics
+    return grads, reported
+
+
+def rated(transforms: Transforms, updates: dict, step: jax.Array) -> dict:
+    """Updates of `learned`, made at the run's learning rate, at each transform's own."""
+    own = {name: transform.rate(step) for name, transform in ordered(transforms) if transform.rate is not None}
+    return updates | {name: jax.tree.map(lambda u, r=rate: u * r, updates[name]) for name, rate in own.items()}
 
 
 def belonging(tree: Any, params: Any) -> list[str | None]:
