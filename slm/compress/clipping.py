@@ -22,7 +22,7 @@ from slm.models.quantized import QuantizedMatrix
 GRID, SHRINK = 20, 0.5
 """Steps between nothing and the whole range, and the share of them that is tried (the authors' n_grid, max_shrink)."""
 WHOLE = ("query", "key")
-"""Matrices whose outputs are multiplied with each other: an error of the one says little (the authors skip them too)."""
+"""Matrices whose outputs are multiplied with each other: their own error says little (the authors skip them)."""
 
 
 def clipped_matrices(

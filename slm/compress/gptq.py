@@ -19,7 +19,6 @@ from slm.models import layerwise
 from slm.models.language_model import LanguageModel
 from slm.models.quantized import QuantizedMatrix
 
-
 Choose = Callable[[jax.Array, jax.Array, Scheme, str], tuple[jax.Array, jax.Array, jax.Array | None]]
 """(weights (in, out), X^T X (in, in) of their inputs, scheme, name) -> values on a grid, and its scale and zero."""
 

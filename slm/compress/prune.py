@@ -57,7 +57,8 @@ def prune(
         1); `sparsegpt`: those that second order says cost least, and the others are updated (Frantar & Alistarh 2023).
         The last three need calibration.
       scope: what weights compete with: `layer` (their matrix), `output` (their output) or `global` (all; not for
-        wanda). None: output for wanda, layer for magnitude, random and taylor. sparsegpt has its own: blocks of 128 inputs.
+        wanda). None: output for wanda, layer for magnitude, random and taylor. sparsegpt has its own: blocks of 128
+        inputs.
       pattern: `unstructured`; N:M such as `2:4`, N of M weights stay along the inputs; blocks such as `16x16` (not for
         sparsegpt).
       skip: matrices that stay dense: regular expressions of whole names, such as `.*/mixer/value/kernel`.

@@ -75,7 +75,7 @@ def quantize(
         int8 by what it is measured to lose (slm.compress.mixed). Needs calibration.
       budget_by: `matrix`: all layers of a stack have the same; `layer`: each layer by itself, which takes the stack
         apart, so that the model takes longer to compile.
-      fill_zeros: allow grids without a zero (symmetric False, hqq) for a pruned model, whose zeros become small weights.
+      fill_zeros: allow grids without a zero (symmetric False, hqq) for a pruned model, whose zeros become weights.
       progress: called with (layers done, layers), for each sweep over the layers.
 
     Raises ConfigError, naming the field, for what cannot be, and DataError for too short a text.
