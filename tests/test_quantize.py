@@ -257,8 +257,11 @@ def test_clipped_ranges_are_the_best_of_those_tried():
 def test_zeros_of_a_pruned_model_are_not_filled_unawares(model):
     sparse = slm.prune(model, 0.5)
     few = {"group_size": 16, "embedding": False}
-    for settings in ({"symmetric": False}, {"method": "hqq"}):
-        with pytest.raises(ConfigError, match=r"symmetric = false: 50% of blocks/0/.* is zero.*set symmetric=True"):
+    symmetric = r"symmetric = false, int4: 50% of blocks/0/.* is zero.*symmetric=True"
+    rotated = r"method = rotate, int4: 50% of blocks/0/.* is zero.*another method"
+    for settings, said in (({"symmetric": False}, symmetric), ({"method": "hqq"}, symmetric),
+                           ({"method": "rotate+gptq", "calibration": TOKENS}, rotated)):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
             slm.quantize(sparse, "int4", **few, **settings)
     filled = slm.quantize(sparse, "int4", **few, symmetric=False, fill_zeros=True)
     kept = slm.quantize(sparse, "int4", **few)

@@ -75,7 +75,7 @@ def quantize(
         int8 by what it is measured to lose (slm.compress.mixed). Needs calibration.
       budget_by: `matrix`: all layers of a stack have the same; `layer`: each layer by itself, which takes the stack
         apart, so that the model takes longer to compile.
-      fill_zeros: allow grids without a zero (symmetric False, hqq) for a pruned model, whose zeros become weights.
+      fill_zeros: allow what fills a pruned model's zeros: grids without a zero (symmetric False, hqq), and rotate.
       progress: called with (layers done, layers), for each sweep over the layers.
 
     Raises ConfigError, naming the field, for what cannot be, and DataError for too short a text.
@@ -100,7 +100,7 @@ def quantize(
     schemes = dict.fromkeys(quantizable(model.params, skip), one)
     check_sizes(model.params, schemes)
     if not fill_zeros:
-        check_zeros(model.params, schemes)
+        check_zeros(model.params, schemes, "rotate" in before)
     tokens = None
     needing = [f"method = {part}" for part in (*before, last) if part in NEED_TEXT]
     if needing := needing + ["budget_bits"] * (budget_bits is not None):
@@ -147,15 +147,17 @@ def check_sizes(params: Any, schemes: dict[str, Scheme]) -> None:
         scheme.check(name, found[name].shape[-2])
 
 
-def check_zeros(params: Any, schemes: dict[str, Scheme]) -> None:
-    """Raises ConfigError if a grid without a zero would fill those of a pruned matrix."""
+def check_zeros(params: Any, schemes: dict[str, Scheme], rotated: bool) -> None:
+    """Raises ConfigError if a grid without a zero, or a rotation, would fill those of a pruned matrix."""
     found = flat(params)
     for name, scheme in schemes.items():
-        if not scheme.symmetric and (share := float((found[name] == 0).mean())) >= PRUNED:
+        if (rotated or not scheme.symmetric) and (share := float((found[name] == 0).mean())) >= PRUNED:
+            what, fix = "symmetric = false", "symmetric=True (with gptq instead of hqq)"
+            if rotated:
+                what, fix = "method = rotate", "another method, such as gptq"
             raise ConfigError(
-                f"quantize.symmetric = false: {share:.0%} of {name} is zero, and {scheme.name} from a float zero point "
-                "has no zero, so the model would be pruned no more: set symmetric=True (with gptq instead of hqq), or "
-                "fill_zeros=True if the zeros mean nothing"
+                f"quantize.{what}, {scheme.name}: {share:.0%} of {name} is zero, and would not be afterwards: take "
+                f"{fix}, which keeps a pruned model's zeros, or fill_zeros=True if they may go"
             )
 
 
