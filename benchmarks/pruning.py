@@ -41,7 +41,7 @@ REFERENCE = {
 def rows() -> list[dict]:
     """What is measured: the arguments of slm.prune."""
     found = [{"criterion": "dense"}]
-    for criterion in ("random", "magnitude", "wanda", "sparsegpt"):
+    for criterion in ("random", "magnitude", "taylor", "wanda", "sparsegpt"):
         found += [{"criterion": criterion, "sparsity": s, "pattern": p} for s, p in AMOUNTS]
     for criterion, scope in (("magnitude", "output"), ("magnitude", "global"), ("wanda", "layer")):
         found.append({"criterion": criterion, "sparsity": 0.5, "pattern": "unstructured", "scope": scope})

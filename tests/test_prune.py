@@ -10,7 +10,9 @@ import optax
 import pytest
 
 import slm
+from slm.compress import importance
 from slm.compress.calibrate import gram, squares
+from slm.compress.importance import gradient
 from slm.compress.prune import starting_prune
 from slm.compress.second_order import sparsegpt
 from slm.config import Experiment, ModelConfig, PruneConfig
@@ -94,10 +96,11 @@ def test_what_looks_at_inputs_loses_less(model):
     assert dense < 3.2  # it has learned something: ln 96 = 4.56
     lost = {
         criterion: loss(slm.prune(model, 0.7, criterion=criterion, calibration=CALIBRATION)) - dense
-        for criterion in ("random", "magnitude", "wanda", "sparsegpt")
+        for criterion in ("random", "magnitude", "taylor", "wanda", "sparsegpt")
     }
     assert 0 < lost["sparsegpt"] < lost["wanda"] < 0.8 * lost["magnitude"]
     assert lost["magnitude"] < lost["random"]
+    assert 0 < lost["taylor"] < 0.8 * lost["magnitude"]
     less = loss(slm.prune(model, 0.5, criterion="wanda", calibration=CALIBRATION)) - dense
     assert 0 < less < lost["wanda"]
 
@@ -109,6 +112,33 @@ def test_inputs_out_of_order_are_worse_than_none(model, monkeypatch):
     monkeypatch.setattr("slm.compress.prune.squares", lambda *args: shuffle(squares(*args)))
     bad = loss(slm.prune(model, 0.5, criterion="wanda", calibration=CALIBRATION))
     assert bad - loss(model) > 2 * (good - loss(model))
+
+
+def test_gradients_out_of_order_are_worse(model, monkeypatch):
+    """The negative control: which weight a gradient belongs to matters."""
+    good = loss(slm.prune(model, 0.5, criterion="taylor", calibration=CALIBRATION))
+    shuffled = lambda g: np.random.default_rng(1).permutation(np.asarray(g).ravel()).reshape(g.shape)  # noqa: E731
+    monkeypatch.setattr(importance, "gradient", lambda *a: jax.tree.map(shuffled, gradient(*a)))
+    bad = loss(slm.prune(model, 0.5, criterion="taylor", calibration=CALIBRATION))
+    assert bad - loss(model) > 2 * (good - loss(model))
+
+
+def test_taylor_as_by_hand(model):
+    """|w dL/dw| of single weights by differences of the loss of each sequence, and the lowest of a matrix go."""
+    name, rows = "blocks/0/mlp/up/kernel", windows(2, "train", 5)
+    scores = importance.weight_products(model, [name], rows)[name]
+    w = np.asarray(kernels(model)[name])
+    for at in ((0, 3, 5), (1, 40, 100), (1, 7, 0)):
+        wanted = 0.0
+        for row in rows:
+            step = np.zeros(w.shape, np.float32)
+            step[at] = 0.05
+            up, down = (float(entropy(replaced(model.params, {name: w + s}), row[None])) for s in (step, -step))
+            wanted += abs(w[at] * (up - down) / 0.1)
+        np.testing.assert_allclose(scores[at], wanted, rtol=0.05, atol=1e-7)
+    found = kernels(slm.prune(model, 0.5, criterion="taylor", calibration=rows, skip=(".*/mixer/.*", ".*/mlp/down.*")))
+    lowest = np.asarray(scores[0]).ravel().argsort()[: w[0].size // 2]
+    assert set(np.flatnonzero(found[name][0].ravel() == 0)) == set(lowest)
 
 
 def test_wanda_as_by_hand(model):
@@ -142,7 +172,7 @@ def test_sparsegpt_is_given_the_inputs_of_each_matrix(model):
         assert close == first  # the second layer is measured on what the first, already pruned, says
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "taylor", "wanda", "sparsegpt"])
 def test_zeros_are_as_many_as_asked_and_where_asked(model, criterion):
     call = lambda *args, **kw: kernels(slm.prune(model, *args, criterion=criterion, calibration=CALIBRATION, **kw))  # noqa: E731
     for sparsity in (0.0, 0.3, 0.7):
@@ -162,7 +192,7 @@ def test_everything_else_stays(model):
     assert all(np.array_equal(flat(found.params)[name], leaf) for name, leaf in before.items())
     assert jax.tree.structure(found.params) == jax.tree.structure(model.params)
     half = dataclasses.replace(model, params=jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params))
-    for criterion in ("wanda", "sparsegpt", "magnitude"):
+    for criterion in ("wanda", "sparsegpt", "magnitude", "taylor"):
         found = slm.prune(half, 0.5, criterion=criterion, calibration=CALIBRATION)
         assert {leaf.dtype for leaf in jax.tree.leaves(found.params)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -203,6 +233,7 @@ def test_text_is_cut_into_windows(model):
     ({"sparsity": 0.3, "pattern": "2:4"}, "prune.sparsity = 0.3: prune.pattern = 2:4 has 0.5; leave it out"),
     ({"sparsity": 0.5, "criterion": "movement"}, "prune.criterion = 'movement': in one shot there are magnitude"),
     ({"sparsity": 0.5, "criterion": "wanda", "calibration": None}, "wanda measures inputs: give calibration"),
+    ({"sparsity": 0.5, "criterion": "taylor", "calibration": None}, "taylor measures gradients: give calibration"),
     ({"sparsity": 0.5, "pattern": "checkered"}, "prune.pattern = 'checkered'"),
     ({"pattern": "3:5"}, "the 48 inputs of .* are not divisible by 5"),
     ({"pattern": "3:5", "criterion": "sparsegpt"}, "the 48 inputs of .* are not divisible by 5"),
@@ -225,11 +256,14 @@ def test_models_that_cannot_be_pruned(model):
     cfg = ModelConfig(vocab_size=V, layers=2, width=16, heads=2, shared_layers=True)
     shared = LanguageModel(Transformer(cfg).init(jax.random.key(0)), Experiment(model=cfg), Letters())
     assert share_of_zeros(slm.prune(shared, 0.5)) == 0.5
+    assert share_of_zeros(slm.prune(shared, 0.5, criterion="taylor", calibration=CALIBRATION[:1])) == 0.5
     with pytest.raises(ConfigError, match="wanda takes one layer after the other"):
         slm.prune(shared, 0.5, criterion="wanda", calibration=CALIBRATION)
     broken = dataclasses.replace(model, params=jax.tree.map(lambda a: a * jnp.nan, model.params))
     with pytest.raises(DataError, match="sparsegpt found no numbers for blocks/0/mixer"):
         slm.prune(broken, 0.5, criterion="sparsegpt", calibration=CALIBRATION)
+    with pytest.raises(DataError, match="taylor: gradients on the calibration text are not finite"):
+        slm.prune(broken, 0.5, criterion="taylor", calibration=CALIBRATION)
 
 
 def share_of_zeros(model):

@@ -9,6 +9,7 @@ import pytest
 from tiny_gguf import made
 
 import slm
+from slm.compress.clipping import GRID, SHRINK, clipped, shrunk
 from slm.compress.folding import feeds, fold
 from slm.compress.gptq import gptq
 from slm.compress.hqq import best_zeros
@@ -177,11 +178,17 @@ def test_scales_of_channels_change_nothing_and_help_with_outliers(spiky):
         scaled.params["blocks"]["0"]["mlp_norm"]["scale"], spiky.params["blocks"]["0"]["mlp_norm"]["scale"]
     )
     np.testing.assert_allclose(slm.logits(scaled, HELD_OUT), slm.logits(spiky, HELD_OUT), atol=2e-3)
-    plain, better = (
+    plain, better, clips = (
         slm.quantize(spiky, "int4", group_size=16, embedding=False, method=method, calibration=TOKENS)
-        for method in ("rtn", "awq")
+        for method in ("rtn", "awq+rtn", "awq")
     )
     assert divergence(spiky, better) < 0.8 * divergence(spiky, plain)
+    assert 0.5 * divergence(spiky, better) < divergence(spiky, clips) < divergence(spiky, better)
+    for path in MATRICES:
+        part, name = path.split("/")
+        scales = [np.abs(m.params["blocks"]["0"][part][name]["kernel"].scale) for m in (better, clips)]
+        assert (scales[1] <= scales[0]).all()
+        assert np.array_equal(*scales) == (name in ("query", "key")), path
 
 
 MATRICES = [f"mixer/{n}" for n in ("query", "key", "value", "out")] + [f"mlp/{n}" for n in ("up", "gate", "down")]
@@ -199,6 +206,68 @@ def test_awq_measures_what_readers_say():
         jnp.asarray(s, jnp.float32), jnp.asarray(x.T @ x, jnp.float32), [jnp.asarray(w, jnp.float32)], (scheme,)
     )
     assert float(found) == pytest.approx(want, rel=1e-3)
+
+
+def far_out():
+    """A matrix (32, 24) with some weights far out, and inputs (200, 32) that go together."""
+    w, h = problem(32, 24, 4)
+    w[np.random.default_rng(2).random(w.shape) < 0.03] *= 5
+    return jnp.asarray(w, jnp.float32), np.asarray(h)
+
+
+def output_errors(w, rounded, h):
+    """|X dW|^2 of each output (O,)."""
+    error = np.asarray(rounded, np.float64) - np.asarray(w, np.float64)
+    return (error * (h @ error)).sum(0)
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme("int4", 8), Scheme("int4", 8, False), Scheme("int3"), Scheme("nf4", 16)], ids=str
+)
+def test_clipped_ranges_never_raise_the_error_of_an_output_and_lower_it_where_weights_lie_far_out(scheme):
+    w, h = far_out()
+    scale, zero = clipped(w, jnp.asarray(h, jnp.float32), scheme)
+    found = np.asarray(scheme.fake(w, scale, zero))
+    before, after = output_errors(w, scheme.fake(w), h), output_errors(w, found, h)
+    assert (after <= before * 1.0001).all()
+    assert after.sum() < 0.93 * before.sum()
+    np.testing.assert_array_equal(scheme.pack(w, scale, zero).astype(jnp.float32), found)
+    # Inputs in another order are a control: what is chosen for them does this layer less good.
+    other = np.random.default_rng(0).permutation(len(h))
+    wrong = scheme.fake(w, *clipped(w, jnp.asarray(h[other][:, other], jnp.float32), scheme))
+    assert output_errors(w, wrong, h).sum() > 1.1 * after.sum()
+
+
+def test_clipped_ranges_are_the_best_of_those_tried():
+    """Group by group, each with the others as they are, by trying all in float64."""
+    (w, h), scheme = far_out(), Scheme("int4", 8)
+    wanted = np.array(scheme.fake(w))
+    scale, _ = clipped(w, jnp.asarray(h, jnp.float32), scheme)
+    for first in range(0, len(w), 8):
+        rows, tried = slice(first, first + 8), []
+        for n in range(int(GRID * SHRINK)):
+            tried.append(wanted.copy())
+            tried[-1][rows] = scheme.fake(w[rows], *shrunk(w[rows], 1 - n / GRID, scheme))
+        best = np.argmin([output_errors(w, one, h) for one in tried], 0)
+        wanted = np.stack([tried[n][:, o] for o, n in enumerate(best)], 1)
+        assert len(set(best)) > 2
+    np.testing.assert_array_equal(scheme.fake(w, scale), wanted)
+
+
+def test_zeros_of_a_pruned_model_are_not_filled_unawares(model):
+    sparse = slm.prune(model, 0.5)
+    few = {"group_size": 16, "embedding": False}
+    symmetric = r"symmetric = false, int4: 50% of blocks/0/.* is zero.*symmetric=True"
+    rotated = r"method = rotate, int4: 50% of blocks/0/.* is zero.*another method"
+    for settings, said in (({"symmetric": False}, symmetric), ({"method": "hqq"}, symmetric),
+                           ({"method": "rotate+gptq", "calibration": TOKENS}, rotated)):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            slm.quantize(sparse, "int4", **few, **settings)
+    filled = slm.quantize(sparse, "int4", **few, symmetric=False, fill_zeros=True)
+    kept = slm.quantize(sparse, "int4", **few)
+    zeros = [float((dequantized(m.params)["blocks"]["0"]["mlp"]["up"]["kernel"] == 0).mean()) for m in (filled, kept)]
+    assert zeros[0] < 0.2 < 0.5 <= zeros[1]
+    slm.quantize(slm.dequantize(slm.quantize(model, "int4", **few)), "int4", **few, symmetric=False)  # not pruned
 
 
 def test_smooth_inputs_lose_less_in_8_bits(spiky):
@@ -277,7 +346,7 @@ def test_factors_of_shared_values_are_one_for_all_heads(model):
     [
         ({"group_size": 24}, "group_size = 24 does not divide the 64 inputs of blocks/0/.*such as 16"),
         ({"method": "gptq"}, "method = gptq needs calibration"),
-        ({"method": "gptq+awq"}, r"method = 'gptq\+awq': one of rtn, gptq, hqq"),
+        ({"method": "gptq+awq"}, r"method = 'gptq\+awq': one of rtn, clip, gptq, hqq"),
         ({"method": "hqq", "symmetric": True}, "hqq chooses zero points"),
         ({"skip": ("nothing",)}, "quantize.skip = 'nothing' matches no matrix"),
         ({"method": "smoothquant", "calibration": TOKENS, "migration": 2.0}, "migration = 2.0"),

@@ -6,6 +6,7 @@ The pass over one matrix is slm.compress.second_order.gptq; here are models, lay
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +19,9 @@ from slm.models import layerwise
 from slm.models.language_model import LanguageModel
 from slm.models.quantized import QuantizedMatrix
 
+Choose = Callable[[jax.Array, jax.Array, Scheme, str], tuple[jax.Array, jax.Array, jax.Array | None]]
+"""(weights (in, out), X^T X (in, in) of their inputs, scheme, name) -> values on a grid, and its scale and zero."""
+
 
 def gptq_matrices(
     model: LanguageModel,
@@ -27,11 +31,27 @@ def gptq_matrices(
     act_order: bool = False,
     progress: Callable[[int, int], None] = lambda done, layers: None,
 ) -> dict[str, QuantizedMatrix]:
+    """As `by_layers`. Raises DataError if no damping up to 100 times the given one makes H invertible."""
+
+    def choose(kernel, h, scheme, name):
+        return robust(gptq, kernel, h, scheme, damping, act_order, name)
+
+    return by_layers(model, schemes, tokens, choose, progress)
+
+
+def by_layers(
+    model: LanguageModel,
+    schemes: dict[str, Scheme],
+    tokens: np.ndarray,
+    choose: Choose,
+    progress: Callable[[int, int], None] = lambda done, layers: None,
+) -> dict[str, QuantizedMatrix]:
     """The matrices of `schemes`, quantized layer by layer on what the quantized layers before say.
 
     Args:
       schemes: names of matrices, (layers, in, out), to how they are quantized.
-      tokens: (N, T) ids. Raises DataError if no damping up to 100 times the given one makes H invertible.
+      tokens: (N, T) ids.
+      choose: how one matrix is.
     """
     where = layerwise.places(model.transformer)
     scales: dict[str, dict[int, Any]] = {name: {} for name in schemes}
@@ -44,7 +64,7 @@ def gptq_matrices(
             if name not in schemes or place.index in scales[name]:
                 continue
             node = at(layer, path)
-            rounded, scale, zero = robust(gptq, node["kernel"], h, schemes[name], damping, act_order, name)
+            rounded, scale, zero = choose(node["kernel"], h, schemes[name], name)
             scales[name][place.index] = (scale, zero)
             layer = put(layer, path, node | {"kernel": rounded})
         return layer

@@ -1,4 +1,4 @@
-"""How much a model would miss a channel, a group of heads, or a layer."""
+"""How much a model would miss a channel, a group of heads, a layer, or a single weight."""
 
 import functools
 from typing import Any
@@ -10,8 +10,10 @@ import numpy as np
 from slm.compress.calibrate import ROWS, squares
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
+from slm.models.paths import flat
 from slm.models.transformer import Transformer
 from slm.training.loss import token_losses
+from slm.training.transforms import replaced
 
 MLP, HEADS, WIDTH = "mlp", "heads", "width"
 """What can be made narrower: channels of feed-forwards, outputs of heads, channels of the residual stream."""
@@ -108,14 +110,39 @@ def _by_gradient(model, tokens) -> Scores:
     return totals
 
 
+def weight_products(model: LanguageModel, names: list[str], tokens: np.ndarray) -> dict[str, jax.Array]:
+    """|w dL/dw| of each weight of the matrices `names`, summed over sequences: (layers, in, out) float32.
+
+    By first order, what the loss of a sequence changes by without the weight (Molchanov et al. 2017, 1611.06440, eq. 7;
+    of one batch: SNIP, Lee et al. 2019, 1810.02340, eq. 6).
+    """
+    weights = {name: leaf for name, leaf in flat(model.params).items() if name in names}
+    total = {name: jnp.zeros(w.shape, jnp.float32) for name, w in weights.items()}
+    for row in tokens:
+        total = _add_products(total, weights, gradient(model.transformer, model.params, weights, row[None]))
+    return total
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add_products(total, weights, grads):
+    return jax.tree.map(lambda sum_, w, g: sum_ + jnp.abs((w * g).astype(jnp.float32)), total, weights, grads)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradient(transformer: Transformer, params: Any, weights: dict[str, jax.Array], tokens) -> dict[str, jax.Array]:
+    """Of the mean loss of tokens (B, T) by `weights`, which stand for those of the same name in `params`."""
+    return jax.grad(lambda weights: _loss(transformer, replaced(params, weights), tokens))(weights)
+
+
+def _loss(transformer, params, tokens):
+    hidden, _ = transformer.hidden(params, tokens[:, :-1])
+    cap = transformer.cfg.logit_softcap
+    return token_losses(*transformer.readout(params, hidden), tokens[:, 1:], logit_softcap=cap)[0].mean()
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _of_gradient(transformer: Transformer, params: Any, tokens):
-    def loss(params):
-        hidden, _ = transformer.hidden(params, tokens[:, :-1])
-        cap = transformer.cfg.logit_softcap
-        return token_losses(*transformer.readout(params, hidden), tokens[:, 1:], logit_softcap=cap)[0].mean()
-
-    products = jax.tree.map(jnp.multiply, jax.grad(loss)(params), params)
+    products = jax.tree.map(jnp.multiply, jax.grad(lambda params: _loss(transformer, params, tokens))(params), params)
     scores: dict[str, list] = {MLP: [], HEADS: [], WIDTH: []}
     width = 0.0
     for place in layerwise.places(transformer):

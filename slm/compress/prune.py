@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from slm.compress import importance
 from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens, gram, squares, sweep
 from slm.compress.second_order import DAMPING, sparsegpt
 from slm.compress.sparsity import full_sparsity, keep_masks, parse_pattern, random_scores
@@ -26,7 +27,8 @@ from slm.models.paths import flat, nested
 from slm.models.quantized import check_float_weights
 from slm.training.transforms import replaced
 
-CALIBRATED = ("wanda", "sparsegpt")
+BY_LAYERS = ("wanda", "sparsegpt")
+CALIBRATED = ("taylor", *BY_LAYERS)
 ONE_SHOT = ("magnitude", "random", *CALIBRATED)
 
 
@@ -50,11 +52,13 @@ def prune(
       model: with float parameters; it stays as it is.
       sparsity: share of zeros, from 0 to below 1, the same in each matrix unless scope is global; leave it out for N:M
         patterns, which have their own.
-      criterion: `magnitude`: small weights go; `random`: any; `wanda`: small weight times norm of its input (Sun et al.
-        2024, equation 1); `sparsegpt`: those that second order says cost least, and the others are updated (Frantar &
-        Alistarh 2023). The last two need calibration.
+      criterion: `magnitude`: small weights go; `random`: any; `taylor`: small weight times gradient of the loss, summed
+        over sequences (Molchanov et al. 2017); `wanda`: small weight times norm of its input (Sun et al. 2024, equation
+        1); `sparsegpt`: those that second order says cost least, and the others are updated (Frantar & Alistarh 2023).
+        The last three need calibration.
       scope: what weights compete with: `layer` (their matrix), `output` (their output) or `global` (all; not for
-        wanda). None: output for wanda, layer for magnitude and random. sparsegpt has its own: blocks of 128 inputs.
+        wanda). None: output for wanda, layer for magnitude, random and taylor. sparsegpt has its own: blocks of 128
+        inputs.
       pattern: `unstructured`; N:M such as `2:4`, N of M weights stay along the inputs; blocks such as `16x16` (not for
         sparsegpt).
       skip: matrices that stay dense: regular expressions of whole names, such as `.*/mixer/value/kernel`.
@@ -81,7 +85,8 @@ def prune(
     tokens = None
     if criterion in CALIBRATED:
         if calibration is None:
-            raise ConfigError(f"prune.criterion = {criterion} measures inputs: give calibration, a text or (N, T) ids")
+            what = "gradients" if criterion == "taylor" else "inputs"
+            raise ConfigError(f"prune.criterion = {criterion} measures {what}: give calibration, a text or (N, T) ids")
         tokens = calibration_tokens(model, calibration, sequences, length, seed)
     return replace(model, params=_pruned(model, plan, tokens, damping, seed))
 
@@ -106,8 +111,8 @@ def _pruned(model, plan: PruneConfig, tokens, damping, seed):
     scope = plan.scope or ("output" if plan.criterion == "wanda" else "layer")
     keep = functools.partial(_keep, full_sparsity(plan.sparsity, plan.pattern), scope, plan.pattern)
     jax.eval_shape(keep, weights)  # does the pattern divide all of them?
-    if plan.criterion not in CALIBRATED:
-        scores = random_scores(weights, seed) if plan.criterion == "random" else weights
+    if plan.criterion not in BY_LAYERS:
+        scores = _scores(model, plan.criterion, weights, tokens, seed)
         # One at a time where it makes no difference: sorting takes several times the memory of what is sorted.
         parts = [scores] if scope == "global" else [{name: score} for name, score in scores.items()]
         masks = {name: mask for part in parts for name, mask in keep(part).items()}
@@ -115,7 +120,7 @@ def _pruned(model, plan: PruneConfig, tokens, damping, seed):
     if model.config.model.shared_layers:
         raise ConfigError(
             f"prune.criterion = {plan.criterion} takes one layer after the other, but this model's share parameters; "
-            "use magnitude or random"
+            "use magnitude, random or taylor"
         )
 
     def new(name, weight, seen):
@@ -129,6 +134,18 @@ def _pruned(model, plan: PruneConfig, tokens, damping, seed):
     take = squares if plan.criterion == "wanda" else gram
     with _bar(plan.criterion) as progress:
         return sweep(model, tokens, take, _per_matrix(layerwise.places(model.transformer), names, new), progress)
+
+
+def _scores(model, criterion, weights, tokens, seed):
+    """Of the weights of `weights`: the lowest go."""
+    if criterion == "random":
+        return random_scores(weights, seed)
+    if criterion == "magnitude":
+        return weights
+    scores = importance.weight_products(model, list(weights), tokens)
+    if not all(bool(jnp.isfinite(score).all()) for score in scores.values()):
+        raise DataError("prune.criterion = taylor: gradients on the calibration text are not finite")
+    return scores
 
 
 def _per_matrix(where: list[layerwise.Place], names: list[str], new: Callable) -> Callable:

@@ -21,9 +21,11 @@ APART = ("key_up", "value_up", "forget")
 """Parts of names of matrices that layers do more with than multiply by them, or in higher precision."""
 TABLES = {"embed/embedding": -1, "head/kernel": -2}
 """Matrices outside of layers, which get 8 bits at least, to the axis of their inputs."""
-PREPARE, FINISH = ("awq", "smoothquant", "rotate"), ("rtn", "gptq", "hqq")
+PREPARE, FINISH = ("awq", "smoothquant", "rotate"), ("rtn", "clip", "gptq", "hqq")
 """Methods that change a model into an equal one that loses less, and those that choose codes."""
-NEED_TEXT = ("awq", "smoothquant", "gptq")
+NEED_TEXT = ("awq", "smoothquant", "clip", "gptq")
+PRUNED = 0.15
+"""Share of zeros from which on a matrix counts as pruned; rounding to 4 bits leaves some 10 %."""
 
 
 def quantize(
@@ -45,6 +47,7 @@ def quantize(
     migration: float = 0.5,
     budget_bits: float | None = None,
     budget_by: str = "matrix",
+    fill_zeros: bool = False,
     progress: Callable[[int, int], None] = lambda done, layers: None,
 ) -> LanguageModel:
     """The model with the matrices of its layers in fewer bits. It runs, is saved by slm.save, and cannot be trained.
@@ -53,23 +56,26 @@ def quantize(
       model: one that predicts the next token, with float weights.
       scheme: int8, int4, int3 (stored in 4 bits), int2, nf4, ternary or fp8: see slm.compress.schemes. None: what
         budget_bits allows.
-      method: `rtn`, rounding to nearest; `gptq`, column by column, later ones making up for earlier ones; `hqq`, zero
-        points for small errors, without data; or, before one of these (`rotate+gptq`; alone: before rtn), a change of
-        the model into an equal one: `awq`, larger scales for channels of large inputs; `smoothquant`, smaller inputs
-        and larger weights, for activations = int8; `rotate`, a rotated residual stream, without outliers.
+      method: `rtn`, rounding to nearest; `clip`, the same in narrower ranges where outputs err less; `gptq`, column by
+        column, later ones making up for earlier ones; `hqq`, zero points for small errors, without data; or, before one
+        of these (`rotate+gptq`), a change of the model into an equal one: `awq`, larger scales for channels of large
+        inputs (alone: before clip, as by its authors; `awq+rtn`: without); `smoothquant`, smaller inputs and larger
+        weights, for activations = int8 (alone: before rtn); `rotate`, a rotated residual stream, without outliers
+        (before rtn).
       group_size: inputs that share a scale; None: all of an output.
       symmetric: integers around zero; False: from a float zero point. None: False for hqq, else True.
       activations: `int8`: inputs of matrices are rounded too, each token by itself, and products are of integers.
       embedding: also the embedding and the head, in int8 (of the same group_size); None: as for int8 matrices, and
         refused for others where embedding and head are one, since it is most of what is left and read twice.
       skip: matrices that stay float: regular expressions of whole names, such as `.*/mlp/down/kernel`.
-      calibration: text, or ids (N, T), for awq, smoothquant and gptq.
+      calibration: text, or ids (N, T), for awq, smoothquant, clip and gptq.
       sequences, length, seed: how much of it.
       damping, act_order: of gptq (slm.compress.gptq). migration: of smoothquant, alpha in its paper.
       budget_bits: most bits a weight in layers, scales included, instead of a scheme: each matrix gets int2, int4 or
         int8 by what it is measured to lose (slm.compress.mixed). Needs calibration.
       budget_by: `matrix`: all layers of a stack have the same; `layer`: each layer by itself, which takes the stack
         apart, so that the model takes longer to compile.
+      fill_zeros: allow what fills a pruned model's zeros: grids without a zero (symmetric False, hqq), and rotate.
       progress: called with (layers done, layers), for each sweep over the layers.
 
     Raises ConfigError, naming the field, for what cannot be, and DataError for too short a text.
@@ -93,6 +99,8 @@ def quantize(
         embedding = one.bits == 8
     schemes = dict.fromkeys(quantizable(model.params, skip), one)
     check_sizes(model.params, schemes)
+    if not fill_zeros:
+        check_zeros(model.params, schemes, "rotate" in before)
     tokens = None
     needing = [f"method = {part}" for part in (*before, last) if part in NEED_TEXT]
     if needing := needing + ["budget_bits"] * (budget_bits is not None):
@@ -115,7 +123,7 @@ def quantize(
 def parse_method(method: str) -> tuple[tuple[str, ...], str]:
     """(changes of the model, in order; the choice of codes) of `awq+gptq` and the like. Raises ConfigError."""
     parts = method.split("+")
-    last = parts.pop() if parts[-1] in FINISH else "rtn"
+    last = parts.pop() if parts[-1] in FINISH else "clip" if parts[-1] == "awq" else "rtn"
     if not set(parts) <= set(PREPARE):
         raise ConfigError(
             f"quantize.method = {method!r}: one of {', '.join(FINISH)}, with {', '.join(PREPARE)} before it and a +"
@@ -137,6 +145,20 @@ def check_sizes(params: Any, schemes: dict[str, Scheme]) -> None:
     found = flat(params)
     for name, scheme in schemes.items():
         scheme.check(name, found[name].shape[-2])
+
+
+def check_zeros(params: Any, schemes: dict[str, Scheme], rotated: bool) -> None:
+    """Raises ConfigError if a grid without a zero, or a rotation, would fill those of a pruned matrix."""
+    found = flat(params)
+    for name, scheme in schemes.items():
+        if (rotated or not scheme.symmetric) and (share := float((found[name] == 0).mean())) >= PRUNED:
+            what, fix = "symmetric = false", "symmetric=True (with gptq instead of hqq)"
+            if rotated:
+                what, fix = "method = rotate", "another method, such as gptq"
+            raise ConfigError(
+                f"quantize.{what}, {scheme.name}: {share:.0%} of {name} is zero, and would not be afterwards: take "
+                f"{fix}, which keeps a pruned model's zeros, or fill_zeros=True if they may go"
+            )
 
 
 def tables(params: Any, group_size: int | None = None) -> dict[str, QuantizedMatrix]:
@@ -171,6 +193,10 @@ def _prepared(part, model, scheme, schemes, tokens, migration, seed, progress):
 
 
 def _finished(last, model, schemes, tokens, damping, act_order, progress) -> dict[str, QuantizedMatrix]:
+    if last == "clip":
+        from slm.compress.clipping import clipped_matrices
+
+        return clipped_matrices(model, schemes, tokens, progress)
     if last == "gptq":
         from slm.compress.gptq import gptq_matrices
 

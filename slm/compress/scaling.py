@@ -1,7 +1,7 @@
 """Factors for input channels, folded into what comes before, so that quantizing loses less: AWQ and SmoothQuant.
 
 AWQ (Lin et al. 2023, 2306.00978): channels of large inputs get finer steps, s = mean|x|^alpha, alpha in a grid for the
-least squared error of what a feed's readers say; its search for clipped ranges is left out. SmoothQuant (Xiao et al.
+least squared error of what a feed's readers say; its clipped ranges are slm.compress.clipping. SmoothQuant (Xiao et al.
 2022, 2211.10438, eq. 4): s = max|x|^alpha / max|w|^(1 - alpha) in the other direction, so that inputs without outliers
 lose less in 8 bits.
 """
