@@ -310,6 +310,9 @@ def test_plain_lines_where_no_terminal_listens(capsys):
     line = capsys.readouterr().out
     assert line.startswith("step 10/100  loss 2.0000  1.23 k tokens/s  MFU 25.0%  bits/byte 1.5000  ETA ")
     assert line.count("\n") == 1
+    with Progress(True, 0, 100) as progress:
+        progress.row({"step": 10, "loss": 2.0, "tokens_per_second": 136.2})
+    assert "  136 tokens/s" in capsys.readouterr().out
 
 
 def test_si():

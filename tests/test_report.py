@@ -37,11 +37,14 @@ def test_a_smaller_model_beside_a_larger_one(model, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["second"]["parameters"] == found.second.parameters
     assert "parameters" in str(found)
     assert "bits per byte" in str(found)
+    assert repr(found) == str(found)
 
 
 def test_masks_are_called_what_they_are(model):
     sparse = slm.prune(model, 0.5)
-    found = slm.compare(model, sparse, rounds=0)
+    found = slm.compare(model, sparse, rounds=0, names=("dense", "half"))
+    assert str(found).split("\n")[0].split() == ["dense", "half"]
+    assert any(note.startswith("half: ") for note in found.notes)
     assert found.second.parameters == found.first.parameters
     assert found.second.non_zero < 0.8 * found.first.non_zero
     assert found.second.bytes_in_memory == found.first.bytes_in_memory

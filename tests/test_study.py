@@ -70,6 +70,10 @@ def test_the_page_needs_nothing(runs, tmp_path):
     assert "data:image/png;base64," in text
     assert text.count("diverged") == 4  # two among the runs, two among those not done
     assert "optim.learning_rate = 0.01" in text
+    assert "optim.learning_rate = 1e+07, optim.clip_norm = None" in text
+    # Words stand at the left and may break, numbers at the right.
+    assert text.count("<td class=words>diverged</td>") == 4
+    assert re.search(r"<td class=words>base</td><td>0</td><td class=words>done</td><td>[\d.]+</td>", text)
 
 
 def test_nothing_is_trained_for_a_study_that_cannot_be(tmp_path, monkeypatch):

@@ -78,6 +78,8 @@ class Comparison:
         ]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
+    __repr__ = __str__  # what a notebook shows
+
     def save(self, path: str | Path) -> None:
         """As JSON."""
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -93,6 +95,7 @@ def compare(
     new_tokens: int = 64,
     rounds: int = 5,
     seed: int = 0,
+    names: tuple[str, str] | None = None,
 ) -> Comparison:
     """Sizes, speeds and scores of two models.
 
@@ -107,6 +110,7 @@ def compare(
       prompt_tokens, new_tokens: read and written in each round.
       rounds: turns of each model; 0: no speeds.
       seed: of the resampling.
+      names: what to call the two; None: as their configs do, which changed models share with what they were.
 
     Raises what slm.evaluate raises, and ConfigError if the clusters of the two differ, as with different tokenizers and
     a single document.
@@ -130,6 +134,7 @@ def compare(
     measured = [
         _measure(
             model,
+            model.config.name if names is None else names[i],
             prompt_tokens,
             score,
             {name: statistics.median(v[i] for v in turns) for name, turns in speeds.items()},
@@ -191,11 +196,11 @@ def plot_sizes(models: Sequence[Measured], path: str | Path | None = None) -> An
     return ax
 
 
-def _measure(model: LanguageModel, length: int, score: dict[str, Any], speed: dict[str, float]) -> Measured:
+def _measure(model: LanguageModel, name: str, length: int, score: dict[str, Any], speed: dict[str, float]) -> Measured:
     cfg = model.config.model
     counts = parameter_counts(cfg)
     return Measured(
-        name=model.config.name,
+        name=name,
         parameters=counts["total"],
         non_embedding=counts["blocks"] + counts["final_norm"],
         non_zero=non_zero(model.params),

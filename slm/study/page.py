@@ -22,10 +22,17 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } caption { text-align: left; color: var(--quiet); }
-img { max-width: 100%; background: white; border-radius: 4px; } pre { overflow-x: auto; font-size: .8rem; }
-.quiet, figcaption { color: var(--quiet); font-size: .85rem; } .better { font-weight: 700; } figure { margin: 1rem 0; }
+th { vertical-align: bottom; } td { vertical-align: top; }
+.words { text-align: left; white-space: normal; overflow-wrap: break-word; min-width: 5.5rem; max-width: 30rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: Canvas; padding-left: 0; }
+img { display: block; max-width: max(100%, 38rem); background: white; border-radius: 4px; }
+pre { overflow-x: auto; font-size: .8rem; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding: .3rem .5rem; } ul { padding-left: 1.2rem; } }
+.quiet, figcaption { color: var(--quiet); font-size: .85rem; } .better { font-weight: 700; }
+figure { margin: 1rem 0; } figcaption { margin-top: .4rem; }
 """
+WORDS = ("arm", "status", "verdict", "why", "solved for", "differs from the base in", "")
+"""Heads of columns that hold words; all others hold numbers."""
 
 
 def page(study: Any, title: str, metrics: Sequence[str] = ()) -> str:
@@ -79,9 +86,13 @@ def _result(table: Any) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(one)}</th>" for one in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    kinds = [" class=words" if head in WORDS else "" for head in heads]
+    head = "".join(f"<th{kind}>{html.escape(one)}</th>" for kind, one in zip(kinds, heads))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row)) + "</tr>" for row in rows
+    )
+    head = f"<thead><tr>{head}</tr></thead>" if any(heads) else ""
+    return f"<div class=wide><table>{head}<tbody>{body}</tbody></table></div>"
 
 
 def _figure(figure: Any, words: str) -> str:
@@ -89,7 +100,8 @@ def _figure(figure: Any, words: str) -> str:
     figure.savefig(file, format="png")
     picture = base64.b64encode(file.getvalue()).decode()
     words = html.escape(words)
-    return f"<figure><img alt='{words}' src='data:image/png;base64,{picture}'><figcaption>{words}</figcaption></figure>"
+    image = f"<div class=wide><img alt='{words}' src='data:image/png;base64,{picture}'></div>"
+    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
 
 
 def _failures(study: Any) -> str:
@@ -115,10 +127,14 @@ def _arms(study: Any) -> str:
     for arm in study.arms:
         own = flatten(study.cell(arm).config)
         differs = [
-            f"{path} = {own[path]!r}" for path in own if own[path] != base[path] and path not in ("name", "seed")
+            f"{path} = {_shown(own[path])}" for path in own if own[path] != base[path] and path not in ("name", "seed")
         ]
         rows.append([html.escape(arm), html.escape(", ".join(differs) or "the base")])
     return _table(("arm", "differs from the base in"), rows)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _runs(study: Any, metrics: Sequence[str]) -> str:

@@ -68,7 +68,7 @@ class Progress:
         elif row.get("validation_loss") is not None:
             self._evaluation = f"  validation loss {row['validation_loss']:.4f}"
         mfu = f"  MFU {row['mfu']:.1%}" if row.get("mfu") is not None else ""
-        rate = f"  {si(row['tokens_per_second'])} tokens/s" if row.get("tokens_per_second") else ""
+        rate = f"  {si(row['tokens_per_second']).rstrip()} tokens/s" if row.get("tokens_per_second") else ""
         numbers = f"loss {row['loss']:.4f}{rate}{mfu}{self._evaluation}  ETA {self._eta(row['step'])}"
         if self._bar.disable:
             self._console.print(f"step {row['step']}/{self._total}  {numbers}", soft_wrap=True)
