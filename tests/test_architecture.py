@@ -66,7 +66,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "cli": ({"config", "errors"}, {"training", "study.sweep"}),
     "serve": ({"errors", "evaluation", "models"}, {"data", "training.compilation", "compress"}),
     # The notebook's face: above everything, so in no other row but those of commands.
-    "study": ({"config", "errors", "attention", "models", "evaluation", "training", "data.cache"}, {"data"}),
+    "study": (
+        {"config", "errors", "attention", "models", "evaluation", "training", "data.cache"},
+        {"data", "compress"},
+    ),
 }
 
 

@@ -61,6 +61,26 @@ def test_together_as_alone(tmp_path):
     assert len(set(ends)) == 4  # none is a copy of another
 
 
+def test_students_of_one_teacher(tmp_path):
+    teacher = train(
+        tiny(tmp_path, {"name": "teacher", "model.width": 48, "train.steps": 30, "train.evaluate_every": 0})
+    )
+    distil = {"distill.teacher": str(teacher.dir), "distill.loss": "jsd"}
+    together = [
+        tiny(tmp_path, {"name": f"t{number}", "train.log_every": 1} | distil | changes)
+        for number, changes in enumerate(({}, {"distill.temperature": 3.0}, {"distill.alpha": 0.2, "seed": 1}))
+    ]
+    assert packs(together) == [[0, 1, 2]]
+    assert packs([together[0], override(together[1], {"distill.hidden": 0.1})]) == [[0], [1]]
+    alone = [override(cfg, {"name": f"{cfg.name}_alone"}) for cfg in together]
+    for cfg in alone:
+        train(cfg)
+    assert all(outcome.run.finished for outcome in train_pack(together))
+    for one, other in zip(together, alone):
+        assert_same_run(one, other)
+    assert len({rows(cfg)[-1]["divergence"] for cfg in together}) == 3
+
+
 def test_resumed_together_or_alone(tmp_path, monkeypatch):
     whole = [override(cfg, {"name": f"{cfg.name}_whole"}) for cfg in arms(tmp_path, names="ab")]
     train_pack(whole)

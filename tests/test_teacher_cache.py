@@ -65,7 +65,7 @@ def cached_curve(cfg):
     data = open_data(cfg.data, cfg.seed)
     found = teaching(cfg, Transformer(cfg.model), data)
     assert found.params is None
-    return curve(cfg, program(cfg, found.objective, None, found.extra_batch), cached=found.cached)
+    return curve(cfg, program(cfg, found.objective(cfg), None, found.extra_batch), cached=found.cached)
 
 
 def test_the_curve_is_that_of_the_teacher_itself(home, teacher):

@@ -1,6 +1,7 @@
 """The teacher of a run: opened, and refused by name where student and teacher would not speak of the same tokens."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,8 @@ SOME = 64
 class Teaching(NamedTuple):
     """What a run that distils has besides one that does not."""
 
-    objective: Objective
+    objective: Callable[[Experiment], Objective]
+    """Of the run's config, or of one with other numbers in it."""
     params: Any
     """The teacher's parameters, in the student's compute dtype; None where it is cached."""
     extra_batch: dict[str, tuple[tuple[int, ...], str]]
@@ -55,10 +57,9 @@ def teaching(cfg: Experiment, transformer: Transformer, data: Any) -> Teaching:
                 "said of it before holds; set distill.teacher instead"
             )
         cached = open_cached(cfg.distill.cached, data, cfg.data.sequence_length)
-        objective = distill_objective(cfg, transformer, None, ids)
         k, floats = cached.top_k, cached.dtype
         shapes = dict(zip(CACHED, [((k,), "int32"), ((k,), floats), ((), floats)], strict=True))
-        return Teaching(objective, None, shapes, cached)
+        return Teaching(lambda cfg: distill_objective(cfg, transformer, None, ids), None, shapes, cached)
     from slm.evaluation.opening import open_model
 
     try:
@@ -67,7 +68,11 @@ def teaching(cfg: Experiment, transformer: Transformer, data: Any) -> Teaching:
         raise type(error)(f"distill.teacher = {cfg.distill.teacher!r}: {error}") from error
     check_teacher(model, cfg, data.tokenizer)
     params = precision.cast(model.params, transformer.dtype)
-    objective = _objective(cfg, transformer, model.config.model, ids)
+    theirs = model.config.model
+
+    def objective(cfg: Experiment) -> Objective:
+        return _objective(cfg, transformer, theirs, ids)
+
     if cfg.distill.loss == "uld":
         translator = _translator(model, cfg, data)
         shapes = dict(zip(TRANSLATED, [((translator.spread,), "int32")] * 2 + [((), "int32")], strict=True))
@@ -87,7 +92,7 @@ def planned_teaching(cfg: Experiment, transformer: Transformer) -> Teaching:
     model = dataclasses.replace(starting_config(alone).model, init_from=None)
     model = dataclasses.replace(model, vocab_size=model.vocab_size or cfg.model.vocab_size)
     params = jax.eval_shape(lambda params: precision.cast(params, transformer.dtype), abstract_parameters(model))
-    return Teaching(_objective(cfg, transformer, model, cfg.model.vocab_size), params, {}, None)
+    return Teaching(lambda cfg: _objective(cfg, transformer, model, cfg.model.vocab_size), params, {}, None)
 
 
 def _objective(cfg: Experiment, transformer: Transformer, theirs: ModelConfig, ids: int) -> Objective:

@@ -23,7 +23,7 @@ def techniques_of(cfg: Experiment, teaching: Teaching | None = None) -> Techniqu
     if teaching is None:
         return Techniques(transforms_of(cfg))
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), teaching.params)
-    return Techniques(transforms_of(cfg), teaching.objective, abstract, teaching.extra_batch)
+    return Techniques(transforms_of(cfg), teaching.objective(cfg), abstract, teaching.extra_batch)
 
 
 def teaching_of(cfg: Experiment, mesh: Mesh, data: Any) -> Teaching | None:

@@ -1,4 +1,4 @@
-"""Many runs in one program: experiments that differ in their seed and in numbers of the optimizer train together.
+"""Many runs in one program: experiments that differ in their seed and in numbers such as rates train together.
 
 Small models leave a device idle: a step is mostly overhead, or products too small to fill it. `jax.vmap` over runs
 makes one program whose every operation is as many times larger. Each run keeps its own folder, rows and checkpoints, as
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slm.config import Experiment, MeshConfig, flatten
+from slm.config import DistillConfig, Experiment, MeshConfig, flatten
 from slm.errors import DivergenceError
 from slm.models.counts import flops_per_token
 from slm.training import mesh as meshes
@@ -34,9 +34,11 @@ from slm.training.progress import Progress
 from slm.training.recorder import Recorder, due
 from slm.training.run import CHECKPOINTS, METRICS, Run, filled_in, finished_run, prepare, resumable
 from slm.training.signals import StopRequest
-from slm.training.step import build, compiler_options, make_train_step
+from slm.training.step import Program, build, compiler_options, make_train_step
 
-NUMBERS = ("optim.learning_rate", "optim.weight_decay", "optim.b2", "optim.eps")
+NUMBERS = (
+    "optim.learning_rate", "optim.weight_decay", "optim.b2", "optim.eps", "distill.alpha", "distill.temperature",
+)  # fmt: skip
 """Fields that enter the step as arrays, so that one program serves all of their values."""
 LAG = 1
 """Steps that the host lets the device run ahead before it reads a metric."""
@@ -53,7 +55,7 @@ class Outcome(NamedTuple):
 def pack_key(cfg: Experiment) -> tuple | None:
     """Equal for experiments that can train together; None for one that must train alone."""
     alone = (
-        cfg.prune.on or cfg.quantize.on or cfg.distill.on or cfg.convert.on or cfg.shrink.on
+        cfg.prune.on or cfg.quantize.on or cfg.convert.on or cfg.shrink.on or not _taught_simply(cfg.distill)
         or cfg.model.init_from is not None or cfg.optim.only or cfg.train.precision == "float16"
         or cfg.model.head != "lm" or (cfg.mesh.fsdp, cfg.mesh.tensor) != (1, 1)
     )  # fmt: skip
@@ -61,6 +63,13 @@ def pack_key(cfg: Experiment) -> tuple | None:
         return None
     free = ("name", "dir", "log.", "seed", *NUMBERS)
     return tuple((path, value) for path, value in flatten(cfg).items() if not path.startswith(free))
+
+
+def _taught_simply(distill: DistillConfig) -> bool:
+    """Without a teacher, or by one whose logits are all that is asked of it: what is learned beside the model begins
+    with the seed, and text that a student writes is its own."""
+    further = distill.hidden or distill.attention or distill.relations or distill.on_policy
+    return not (distill.cached or further or distill.loss == "uld")
 
 
 def packs(cfgs: Sequence[Experiment], most: int = 32) -> list[list[int]]:
@@ -80,6 +89,8 @@ def train_pack(cfgs: Sequence[Experiment], show: bool = True) -> list[Outcome]:
 
     Raises what slm.train raises before the first step.
     """
+    from slm.compress.lessons import lessons
+    from slm.compress.techniques import teaching_of, techniques_of
     from slm.data.pipeline import check_vocabulary, open_data
 
     outcomes: dict[int, Outcome] = {
@@ -92,7 +103,11 @@ def train_pack(cfgs: Sequence[Experiment], show: bool = True) -> list[Outcome]:
     some = next(iter(data.values()))
     filled = {number: filled_in(cfgs[number], some.tokenizer.vocab_size) for number in left}
     check_vocabulary(some.tokenizer, filled[left[0]].model.vocab_size)
-    program = build(dataclasses.replace(filled[left[0]], mesh=MeshConfig()), _one_device())
+    first = dataclasses.replace(filled[left[0]], mesh=MeshConfig())
+    teaching = teaching_of(first, _one_device(), some)
+    techniques = techniques_of(first, teaching)
+    program = build(first, _one_device(), techniques)
+    theirs = lessons(first, program, techniques, teaching, some).teacher
     with contextlib.ExitStack() as stack:
         lanes = []
         for number in left:
@@ -107,7 +122,7 @@ def train_pack(cfgs: Sequence[Experiment], show: bool = True) -> list[Outcome]:
         # After a kill between two saves some are further than others: each part goes on by itself.
         for step in sorted({int(lane.state.step) for lane in lanes}):
             together = [lane for lane in lanes if int(lane.state.step) == step]
-            finished = _train(together, program)
+            finished = _train(together, program, teaching, theirs)
             for lane in together:
                 done = finished and lane.error is None
                 outcomes[lane.number] = Outcome(Run(lane.cfg.run_dir, lane.history.rows, done), lane.error)
@@ -155,8 +170,12 @@ class _Lane:
             self.error = f"step {step}: the parameters or the optimizer's state hold an infinity or a NaN"
 
 
-def _train(lanes: list[_Lane], program) -> bool:
-    """Steps of all lanes together, from the same step on. Returns whether they got to the last."""
+def _train(lanes: list[_Lane], program: Program, teaching: Any, theirs: tuple) -> bool:
+    """Steps of all lanes together, from the same step on. Returns whether they got to the last.
+
+    Args:
+      teaching, theirs: slm.compress.teacher.Teaching or None, and the teacher's parameters, which all lanes share.
+    """
     from slm.data.prefetch import prefetch
     from slm.evaluation.bits_per_byte import evaluate_batches
 
@@ -167,13 +186,15 @@ def _train(lanes: list[_Lane], program) -> bool:
     mesh = Mesh(np.array(devices[: math.gcd(count, len(devices))]), ("lane",))
     lane_wise, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("lane",), ()))
     states = jax.device_put(jax.tree.map(lambda *leaves: jnp.stack(leaves), *(lane.state for lane in lanes)), lane_wise)
-    numbers = jax.device_put(numbers, lane_wise)
+    numbers, theirs = jax.device_put(numbers, lane_wise), jax.device_put(theirs, everywhere)
     batch_axis, batch_place = (None, everywhere) if shared else (0, lane_wise)
     for lane in lanes:
         lane.state = None
+    step_of_one = functools.partial(packed_step, cfg, program.transformer, teaching)
     together = jax.jit(
-        jax.vmap(functools.partial(packed_step, cfg, program.transformer), (0, 0, batch_axis)),
-        donate_argnums=1, in_shardings=(lane_wise, lane_wise, batch_place), out_shardings=(lane_wise, lane_wise),
+        jax.vmap(step_of_one, (0, 0, batch_axis, *[None] * len(theirs))),
+        donate_argnums=1, in_shardings=(lane_wise, lane_wise, batch_place, *[everywhere] * len(theirs)),
+        out_shardings=(lane_wise, lane_wise),
         compiler_options=compiler_options(devices[0].platform),
     )  # fmt: skip
 
@@ -227,10 +248,10 @@ def _train(lanes: list[_Lane], program) -> bool:
             batch = jax.device_put(next(batches), batch_place)
             if compiled is None:
                 begun = time.perf_counter()
-                compiled = together.lower(numbers, states, batch).compile()
+                compiled = together.lower(numbers, states, batch, *theirs).compile()
                 for lane in lanes:
                     keep_plan(lane.cfg.run_dir, memory_of(compiled), time.perf_counter() - begun, runs=count)
-            states, metrics = compiled(numbers, states, batch)
+            states, metrics = compiled(numbers, states, batch, *theirs)
             step += 1
             pending.append((step, metrics))
             read(LAG)
@@ -239,12 +260,15 @@ def _train(lanes: list[_Lane], program) -> bool:
     return last
 
 
-def packed_step(cfg: Experiment, transformer, numbers: dict[str, jax.Array], state, batch):
+def packed_step(cfg: Experiment, transformer, teaching, numbers: dict[str, jax.Array], state, batch, *theirs):
     """The train step of `cfg` with these of its numbers, which may be traced."""
-    changes = {path.removeprefix("optim."): value for path, value in numbers.items()}
-    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, **changes))
+    for path, value in numbers.items():
+        section, field = path.split(".")
+        changed = dataclasses.replace(getattr(cfg, section), **{field: value})
+        cfg = dataclasses.replace(cfg, **{section: changed})
     optimizer = make_optimizer(cfg.optim, cfg.train.steps, state.params)
-    return make_train_step(transformer, optimizer, cfg)(state, batch)
+    objective = teaching and teaching.objective(cfg)
+    return make_train_step(transformer, optimizer, cfg, objective=objective)(state, batch, *theirs)
 
 
 def _one_device() -> Mesh:
