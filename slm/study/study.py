@@ -47,7 +47,8 @@ def ablate(
     """Trains every arm with every seed, but for what is done already, and returns what came of it.
 
     Arms that differ only in seed and numbers (learning rate, weight decay, b2, eps; alpha and temperature of
-    distillation) train in one program. A run that diverges, or fails, becomes a row. Ctrl-C keeps what is done: call again to go on.
+    distillation) train in one program. A run that diverges, or fails, becomes a row. Ctrl-C keeps what is done: call
+    again to go on.
 
     Args:
       base: what arms change. The first arm is what the others are compared with, unless one of them changes nothing.
