@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from slm.compression import ConvertConfig, DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig, check_compression
+from slm.compression import ConvertConfig, DistillConfig, PruneConfig, QuantizeConfig, ShrinkConfig
 from slm.errors import ConfigError
 from slm.experiment import (
     HOW_IT_RUNS,
@@ -25,6 +25,7 @@ from slm.experiment import (
     RopeConfig,
     TrainConfig,
 )
+from slm.refusals import check_compression
 
 __all__ = [
     "HOW_IT_RUNS",

@@ -30,9 +30,10 @@ HEAVY = {
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": (set(), set()),  # names its modules as strings
     "errors": (set(), set()),
-    "compression": ({"errors"}, set()),
+    "compression": (set(), set()),
+    "refusals": ({"compression", "errors"}, set()),
     "experiment": ({"compression"}, set()),
-    "config": ({"errors", "experiment", "compression"}, set()),
+    "config": ({"errors", "experiment", "compression", "refusals"}, set()),
     "attention": (set(), set()),
     "models": ({"config", "errors", "attention"}, set()),
     "data": ({"config", "errors"}, set()),
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "config",
             "errors",
             "models",
+            "refusals",
             "interop.starting",
             "training.transforms",
             "training.objective",

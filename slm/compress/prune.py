@@ -18,13 +18,13 @@ from slm.compress.calibrate import LENGTH, SEQUENCES, calibration_tokens, gram, 
 from slm.compress.second_order import DAMPING, sparsegpt
 from slm.compress.sparsity import full_sparsity, keep_masks, parse_pattern, random_scores
 from slm.compress.targets import matrices
-from slm.compression import check_scope
 from slm.config import Experiment, PruneConfig
 from slm.errors import ConfigError, DataError
 from slm.models import layerwise
 from slm.models.language_model import LanguageModel
 from slm.models.paths import flat, nested
 from slm.models.quantized import check_float_weights
+from slm.refusals import check_scope
 from slm.training.transforms import replaced
 
 BY_LAYERS = ("wanda", "sparsegpt")

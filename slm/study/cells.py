@@ -100,7 +100,12 @@ def measured(cell: Cell, together: int = 1) -> dict[str, Any]:
     speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
     if speeds:
         facts["tokens_per_second"] = together * speeds[len(speeds) // 2]
-    model = (stored_config(cell.folder) or cfg).model
+    stored = stored_config(cell.folder) or cfg
+    if stored.shrink.learned:  # what is trained is larger
+        from slm.compress.shrink import shipped_config
+
+        stored = shipped_config(stored)
+    model = stored.model
     dtype = precision.compute_dtype(cfg.train.precision)
     counts = parameter_counts(model)
     return facts | {
