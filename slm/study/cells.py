@@ -91,6 +91,8 @@ def measured(cell: Cell, together: int = 1) -> dict[str, Any]:
     `together` in one program, whose speed that is; and the last value of everything in its rows,
     those of validation without their prefix.
     """
+    from slm.compress.shrink import shipped_config
+
     cfg, rows = cell.config, cell.history()
     facts: dict[str, Any] = json.loads(plan.read_text()) if (plan := cell.folder / PLAN).exists() else {}
     for row in rows:
@@ -100,12 +102,7 @@ def measured(cell: Cell, together: int = 1) -> dict[str, Any]:
     speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
     if speeds:
         facts["tokens_per_second"] = together * speeds[len(speeds) // 2]
-    stored = stored_config(cell.folder) or cfg
-    if stored.shrink.learned:  # what is trained is larger
-        from slm.compress.shrink import shipped_config
-
-        stored = shipped_config(stored)
-    model = stored.model
+    model = shipped_config(stored_config(cell.folder) or cfg).model
     dtype = precision.compute_dtype(cfg.train.precision)
     counts = parameter_counts(model)
     return facts | {
