@@ -185,12 +185,21 @@ def plot_sizes(models: Sequence[Measured], path: str | Path | None = None) -> An
         x = one.bytes_on_disk / 1e6
         look = style.look(number) | {"linestyle": "none", "markersize": 6}
         ax.errorbar(x, one.bits_per_byte, one.bits_per_byte_stderr, capsize=3, **look)
-        ax.annotate(one.name, (x, one.bits_per_byte), xytext=(6, 5), textcoords="offset points", fontsize=9)
     ax.set(xlabel="size on disk (MB)", ylabel="bits per byte (lower is better)", xscale="log")
     ticks = np.unique([float(f"{one.bytes_on_disk / 1e6:.3g}") for one in models])
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     ax.set_xticks([], minor=True)
     ax.margins(0.15)
+    ax.autoscale_view()
+    spots = ax.transData.transform([(one.bytes_on_disk / 1e6, one.bits_per_byte) for one in models])
+    for one, spot in zip(models, spots):
+        # A name stands to the right of its point, unless another point is in its way.
+        right, up = (spots - spot).T * 72 / ax.figure.dpi
+        taken = ((right > 0) & (right < 12 + 6 * len(one.name)) & (abs(up - 5) < 16)).any()
+        ax.annotate(
+            one.name, (one.bytes_on_disk / 1e6, one.bits_per_byte), xytext=(-6 if taken else 6, 5),
+            ha="right" if taken else "left", textcoords="offset points", fontsize=9,
+        )  # fmt: skip
     if path is not None:
         ax.figure.savefig(path, dpi=150)
     return ax
