@@ -9,7 +9,7 @@ the others in `first/0`, stacked with length 1. Scanning, unrolling and remat re
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from slm.models.blocks import block
 from slm.models.embedding import embed, init_embedding
 from slm.models.heads import OVER_TOKENS, answer, check_head, has_bias, has_kernel, has_rest, init_head, transform
 from slm.models.layers import norm
-from slm.models.mixers import Context, Layer, check_mechanisms, layer_pattern, layers
+from slm.models.mixers import MIXERS, Context, Layer, Row, check_mechanisms, layer_pattern, layers
 from slm.models.quantized import as_array, is_quantized
 from slm.models.quantized_products import quantized_product, quantized_similarity
 from slm.models.rope import rope_tables
@@ -53,9 +53,13 @@ class Transformer:
     """Compute dtype; parameters are created in float32 and used in whatever dtype they are given."""
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x
     """Applied to the residual stream (B, T, D) before every layer: the place for a sharding constraint."""
+    rows: tuple[Row, ...] = field(init=False, repr=False)
+    """What the names of cfg.attention stand for. A notebook may give a name another class: then this is another model,
+    and no program that was compiled for the first is taken for it."""
 
     def __post_init__(self):
         check_mechanisms(self.cfg)
+        object.__setattr__(self, "rows", tuple(MIXERS[name] for name in layer_pattern(self.cfg)))
         check_head(self.cfg)
         if not self.cfg.vocab_size:
             raise ConfigError("model.vocab_size = 0: set it, or give a tokenizer whose size it can take")

@@ -11,6 +11,8 @@ from typing import Any
 from slm.config import DataConfig, Experiment, flatten
 from slm.data.cache import digest
 from slm.models.counts import cache_bytes, flops_per_token, parameter_counts
+from slm.models.mixers import MIXERS, SHIPPED, layer_pattern
+from slm.study.fingerprints import fingerprint
 from slm.training import precision
 from slm.training.metrics import read_rows
 from slm.training.plan import PLAN
@@ -58,8 +60,9 @@ class Cell:
 def make_cells(configs: Mapping[str, Experiment], seeds: Sequence[int], folder: str | Path) -> list[Cell]:
     """Every arm with every seed; seeds vary fastest.
 
-    The name of a run is a hash of its config (but for where and how it runs), of its data's content, and of slm's code:
-    the same cell in another study is the same folder, and a cell whose data or code has changed is another one.
+    The name of a run is a hash of its config (but for where and how it runs), of its data's content, of slm's code, and
+    of the mechanisms that a program has added to MIXERS: the same cell in another study is the same folder, and a cell
+    whose data or code has changed is another one.
     Raises what opening the data raises.
     """
     from slm.data.pipeline import open_data
@@ -77,9 +80,21 @@ def make_cells(configs: Mapping[str, Experiment], seeds: Sequence[int], folder: 
                 for path, value in flatten(one).items()
                 if not path.startswith(FREE) or path == "train.steps"
             }
-            name = digest(sorted(decides.items()), content(one.data, seed), code_version())
+            name = digest(sorted(decides.items()), content(one.data, seed), code_version(), own_code(one))
             cells.append(Cell(arm, seed, dataclasses.replace(one, name=name, dir=str(Path(folder) / "cells"))))
     return cells
+
+
+def own_mechanisms(cfg: Experiment) -> list[str]:
+    """Names of its mechanisms that are not slm's, but this program's."""
+    converted = dataclasses.replace(cfg.model, attention=cfg.convert.attention)
+    names = dict.fromkeys([*layer_pattern(cfg.model), *layer_pattern(converted)])
+    return [name for name in names if name in MIXERS and MIXERS[name] != SHIPPED.get(name)]
+
+
+def own_code(cfg: Experiment) -> list[tuple[str, str]]:
+    """A hash of each of `own_mechanisms`, whose source `code_version` does not see."""
+    return [(name, fingerprint(MIXERS[name])) for name in own_mechanisms(cfg)]
 
 
 def measured(cell: Cell, together: int = 1) -> dict[str, Any]:

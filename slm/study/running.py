@@ -19,9 +19,9 @@ import jax
 
 from slm.config import Experiment, from_json, longest_sequence, override, to_json
 from slm.data.cache import locked
-from slm.errors import DivergenceError, SlmError
+from slm.errors import ConfigError, DivergenceError, SlmError
 from slm.models.counts import flops_per_token
-from slm.study.cells import Cell, measured
+from slm.study.cells import Cell, measured, own_mechanisms
 from slm.study.packing import packs, train_pack
 from slm.study.watching import Said, watched
 
@@ -52,8 +52,14 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
     Returns:
       The groups that were trained together, as numbers of `cells`.
 
-    Raises Stopped on Ctrl-C or SIGTERM, after saving; another call goes on from there.
+    Raises Stopped on Ctrl-C or SIGTERM, after saving; another call goes on from there. ConfigError for processes that
+    would not know a mechanism, since this program has added it to MIXERS.
     """
+    if processes and (own := sorted({name for cell in cells for name in own_mechanisms(cell.config)})):
+        raise ConfigError(
+            f"processes = {processes}: other processes do not know {', '.join(own)}, which this program has added to "
+            "slm.models.mixers.MIXERS; leave processes at 0, or make it a file of slm/models/mixers"
+        )
     left = {}
     for cell in cells:
         if (cell.result() or {}).get("status") not in ("done", "diverged"):

@@ -5,6 +5,8 @@
 
 import dataclasses
 import difflib
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from slm.config import MixerConfig, ModelConfig
@@ -29,6 +31,7 @@ from slm.models.mixers.base import Context, Mixer, Row, configured, head_dim
 __all__ = [
     "HYBRIDS",
     "MIXERS",
+    "SHIPPED",
     "Context",
     "Layer",
     "Mixer",
@@ -55,7 +58,10 @@ MIXERS: dict[str, Row] = {
     **selection.ROWS,
     **sparse.ROWS,
 }
-"""Name in `model.attention` to mechanism."""
+"""Name in `model.attention` to mechanism. A program adds its own: MIXERS["mine"] = Row(MyMixer, MixerConfig(...))."""
+
+SHIPPED: Mapping[str, Row] = types.MappingProxyType(dict(MIXERS))
+"""The rows of this package, which every process knows."""
 
 HYBRIDS: dict[str, tuple[str, ...]] = {
     # 3:1 or 5:1 window:full
