@@ -18,7 +18,7 @@ def test_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.setenv("SLM_MODEL", str(write_talker(tmp_path / "toy", width=32)))
     cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
     assert len(cells) < 30
-    names = {}
+    names = {"__name__": "__main__"}  # as a kernel has it
     for cell in cells:
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), f"{page.name} {cell['id']}", "exec"), names)
