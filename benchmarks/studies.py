@@ -45,7 +45,7 @@ def attention(how: dict, seeds: int):
 
 def optimizers(how: dict, seeds: int):
     base = slm.override(SMALL, {"train.steps": 200})
-    names = ["adamw", "muon", "lion"]
+    names = ["adamw", "muon"]
     variants = slm.study.grid({"optim.name": names, "optim.schedule": ["linear", "cosine", "wsd"]})
     best, basins = slm.study.tune(base, variants, [1e-3, 4e-3, 1.2e-2], metric="bits_per_byte", **how)
     return slm.study.ablate(base, best, seeds=seeds, **how), basins
@@ -84,7 +84,10 @@ def order(how: dict, seeds: int):
 
 
 def chance(how: dict, seeds: int):
-    short = slm.override(SMALL, {"train.steps": 100, "train.evaluate_every": 100})
+    short = slm.override(SMALL, {
+        "model.layers": 2, "model.width": 32, "model.mlp_width": 96, "data.tokenizer": "bytes",
+        "data.sequence_length": 64, "train.batch_size": 8, "train.steps": 150, "train.evaluate_every": 150,
+    })  # fmt: skip
     arms = slm.study.arms({"base": {}, "worse": {"optim.learning_rate": 3.4e-3}})
     return slm.study.ablate(short, arms, seeds=20, **how), {}
 

@@ -86,6 +86,7 @@ class Transformer:
         """Sets of parameters that `repeats` of a pattern have."""
         return 1 if self.cfg.shared_layers else repeats
 
+    @functools.partial(jax.jit, static_argnums=0)  # op by op it would compile a hundred programs instead of one
     def init(self, key: jax.Array) -> dict:
         """Random float32 parameters from one key."""
         # Backends do not change parameters, and some cannot run the float32 that parameters are made in.
