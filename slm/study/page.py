@@ -13,7 +13,7 @@ import jax
 
 from slm.config import flatten
 from slm.study.cells import SHORT
-from slm.study.table_text import columns_of
+from slm.study.table_text import columns_of, number
 
 LOOK = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #666; }
@@ -141,7 +141,7 @@ def _runs(study: Any, metrics: Sequence[str]) -> str:
     rows = []
     for row in study.rows():
         cells = [row.get(SHORT.get(metric, metric)) for metric in (*metrics, "seconds")]
-        shown = ["-" if cell is None else f"{cell:,.5g}" for cell in cells]
+        shown = ["-" if cell is None else number(cell) for cell in cells]
         rows.append([html.escape(row["arm"]), str(row["seed"]), row["status"], *shown])
     return _table(("arm", "seed", "status", *metrics, "seconds"), rows)
 
