@@ -94,7 +94,7 @@ def test_a_teacher_is_no_part_of_the_saved_state(home, monkeypatch):
     [
         (
             {"data__tokenizer": "chars"},
-            r"with 257 ids .* data.tokenizer to the teacher's, or distill.loss = uld.* sample_teacher",
+            r"with 257 ids .* data.tokenizer to the teacher's, or distill.loss = uld.*sample_teacher",
         ),
         ({"model__vocab_size": 300}, r"model.vocab_size = 257 and the student 300"),
         ({"distill__attention": 1.0, "model__heads": 4}, r"has 4 heads and layer 2 of the teacher 2"),

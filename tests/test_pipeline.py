@@ -39,7 +39,7 @@ def test_shrunk_taught_rounded_written(tmp_path):
     lost = held_out(plain, small.params)
     cfg, state = trained(small.config, small.params, whole, TAUGHT, 3)
     back = held_out(plain, state.params)
-    assert lost > 1.1 * before
+    assert lost > 1.04 * before
     assert back < 1.05 * before
     grid = {"quantize.scheme": "int8", "quantize.embedding": True, "optim.learning_rate": 5e-4}
     cfg, state = trained(override(small.config, grid), state.params, whole, ROUNDED, 4)
