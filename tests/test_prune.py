@@ -71,7 +71,7 @@ def model():
 def uneven(model):
     """The same function in uneven units, as large models have them: some inputs are larger, their weights smaller."""
     leaves, rng = dict(flat(model.params)), np.random.default_rng(7)
-    factors = lambda n: np.exp(0.7 * rng.normal(size=(CFG.layers, n))).astype(np.float32)  # noqa: E731
+    factors = lambda n: np.exp(1.0 * rng.normal(size=(CFG.layers, n))).astype(np.float32)  # noqa: E731
     for norm, readers in (("attention_norm", ("mixer/query", "mixer/key", "mixer/value")),
                           ("mlp_norm", ("mlp/gate", "mlp/up"))):  # fmt: skip
         c = factors(CFG.width)
