@@ -28,6 +28,7 @@ from slm.refusals import check_scope
 from slm.training.transforms import replaced
 
 BY_LAYERS = ("wanda", "sparsegpt")
+"""Criteria that measure one layer after the other; in a run before its first step, where taylor learns as it goes."""
 CALIBRATED = ("taylor", *BY_LAYERS)
 ONE_SHOT = ("magnitude", "random", *CALIBRATED)
 

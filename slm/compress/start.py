@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from slm.compress.convert import converted_config, converted_params
-from slm.compress.prune import CALIBRATED, starting_prune
+from slm.compress.prune import BY_LAYERS, starting_prune
 from slm.compress.shrink import shipped_config, shrink_to, shrunk_config
 from slm.config import Experiment, MixerConfig, from_json
 from slm.errors import CheckpointError, ConfigError
@@ -30,7 +30,7 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 def starting_config(cfg: Experiment) -> Experiment:
     """`cfg` with the architecture that it starts from, as it will be. Raises ConfigError, CheckpointError."""
     if cfg.model.init_from is None:
-        if cfg.prune.on and cfg.prune.criterion in CALIBRATED:
+        if cfg.prune.on and cfg.prune.criterion in BY_LAYERS:
             raise ConfigError(
                 f"prune.criterion = {cfg.prune.criterion} measures a trained model: set model.init_from, or take "
                 "another"
@@ -63,7 +63,7 @@ def starting_params(
 
     Raises what opening a model, and each of the changes, raises.
     """
-    path, measures = cfg.model.init_from, cfg.prune.on and cfg.prune.criterion in CALIBRATED
+    path, measures = cfg.model.init_from, cfg.prune.on and cfg.prune.criterion in BY_LAYERS
     if not (_is_ours(path) or _cuts(cfg) or cfg.convert.on or measures):
         return starting_parameters(cfg, place)
     from slm.evaluation.opening import open_model
