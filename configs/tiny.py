@@ -4,7 +4,7 @@ Command:   python train.py configs/tiny.py
            python train.py configs/tiny.py --sweep "model.attention=softmax,gla optim.name=adamw,muon" --seeds 3
 Hardware:  2 CPU cores
 Time:      about a minute for each run
-Expected:  2.3 bits a byte
+Expected:  2.45 ± 0.11 bits a byte over four seeds (benchmarks/studies.py)
 """
 
 import slm

@@ -70,12 +70,12 @@ def test_keys_that_heads_share_are_repeated_for_each():
 
 
 def test_less_than_a_twentieth_of_the_training_brings_back_most_of_what_was_lost():
-    """Every second layer linear; a tenth of the little training is attention transfer, the rest distillation."""
+    """Every second layer linear; a ninth of the little training is attention transfer, the rest distillation."""
     model, before = teacher()
     assert before < 2.1  # it has learnt something
     size, attention = B // 4, ("gated_delta", "softmax")
     steps = STEPS // 21 * 4  # of batches of a quarter
-    moving = steps // 10
+    moving = steps // 9
     student = convert(model, attention)
     cfg = override(
         BASE,
@@ -102,7 +102,7 @@ def test_less_than_a_twentieth_of_the_training_brings_back_most_of_what_was_lost
     assert broken > before + 0.5
     assert (broken - recovered) / (broken - before) > 0.85, (before, broken, recovered)
     # First the mixer alone: nothing else has a gradient (weight decay aside), and its error falls.
-    assert errors[moving - 1] < 0.85 * errors[0]
+    assert errors[moving - 1] < 0.7 * errors[0]
     assert not any(errors[moving:])
     assert held_out(scored, moved) < broken
     for name, leaf in flat(moved).items():
