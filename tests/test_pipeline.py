@@ -34,12 +34,12 @@ def test_shrunk_taught_rounded_written(tmp_path):
     whole, before = teacher()
     tokens = next(text_batches("train", 9))["tokens"]
     mlp = whole.params["blocks"]["0"]["mlp"]["up"]["kernel"].shape[-1]
-    small = slm.shrink(whole, mlp_width=mlp // 2, calibration=tokens)
+    small = slm.shrink(whole, mlp_width=mlp * 3 // 8, calibration=tokens)
     plain = built(small.config)
     lost = held_out(plain, small.params)
     cfg, state = trained(small.config, small.params, whole, TAUGHT, 3)
     back = held_out(plain, state.params)
-    assert lost > 1.04 * before
+    assert lost > 1.1 * before
     assert back < 1.05 * before
     grid = {"quantize.scheme": "int8", "quantize.embedding": True, "optim.learning_rate": 5e-4}
     cfg, state = trained(override(small.config, grid), state.params, whole, ROUNDED, 4)
