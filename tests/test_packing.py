@@ -96,6 +96,25 @@ def test_resumed_together_or_alone(tmp_path, monkeypatch):
         assert_same_run(one, other)
 
 
+def test_runs_that_a_kill_left_at_different_steps(tmp_path, monkeypatch):
+    def stop(step):
+        stop_at(monkeypatch, step)
+        monkeypatch.setattr(packing, "StopRequest", loop.StopRequest)
+
+    whole = [override(cfg, {"name": f"{cfg.name}_whole"}) for cfg in arms(tmp_path, names="ab")]
+    train_pack(whole)
+    parts = arms(tmp_path, names="ab")
+    stop(5)
+    train_pack(parts[:1])
+    stop(7)
+    assert not any(outcome.run.finished for outcome in train_pack(parts))  # b from 0 to 7; a, at 5, must wait
+    assert [rows(cfg)[-1]["step"] for cfg in parts] == [5, 7]
+    stop(None)
+    assert all(outcome.run.finished for outcome in train_pack(parts))
+    for one, other in zip(parts, whole):
+        assert_same_run(one, other)
+
+
 def test_a_divergence_ends_one_run(tmp_path):
     cfgs = arms(tmp_path, names="ab")
     cfgs[1] = override(cfgs[1], {"optim.learning_rate": 1e6, "optim.clip_norm": None})

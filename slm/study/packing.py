@@ -117,12 +117,16 @@ def train_pack(cfgs: Sequence[Experiment], show: bool = True) -> list[Outcome]:
             stack.callback(checkpoints.close)
             state, meta = begin(cfg, program, checkpoints, data[cfg.seed])
             lanes.append(_Lane(number, cfg, state, meta, checkpoints, data[cfg.seed]))
-        for lane in lanes:
-            lane.open(stack, program, show and lane is lanes[0])
         # After a kill between two saves some are further than others: each part goes on by itself.
-        for step in sorted({int(lane.state.step) for lane in lanes}):
-            together = [lane for lane in lanes if int(lane.state.step) == step]
-            finished = _train(together, program, teaching, theirs)
+        parts: dict[int, list[_Lane]] = {}
+        for lane in lanes:
+            parts.setdefault(int(lane.state.step), []).append(lane)
+        stop = stack.enter_context(StopRequest())  # one for all parts: a stop is not for the first alone
+        for _, together in sorted(parts.items()):
+            with contextlib.ExitStack() as opened:
+                for lane in together:
+                    lane.open(opened, program, show and lane is together[0])
+                finished = _train(together, program, teaching, theirs, stop)
             for lane in together:
                 done = finished and lane.error is None
                 outcomes[lane.number] = Outcome(Run(lane.cfg.run_dir, lane.history.rows, done), lane.error)
@@ -170,11 +174,12 @@ class _Lane:
             self.error = f"step {step}: the parameters or the optimizer's state hold an infinity or a NaN"
 
 
-def _train(lanes: list[_Lane], program: Program, teaching: Any, theirs: tuple) -> bool:
+def _train(lanes: list[_Lane], program: Program, teaching: Any, theirs: tuple, stop: StopRequest) -> bool:
     """Steps of all lanes together, from the same step on. Returns whether they got to the last.
 
     Args:
       teaching, theirs: slm.compress.teacher.Teaching or None, and the teacher's parameters, which all lanes share.
+      stop: asked before every step; set before the first, only what has been trained so far is reported.
     """
     from slm.data.prefetch import prefetch
     from slm.evaluation.bits_per_byte import evaluate_batches
@@ -224,7 +229,7 @@ def _train(lanes: list[_Lane], program: Program, teaching: Any, theirs: tuple) -
 
     steps, step = cfg.train.steps, int(jax.device_get(states.step[0]))
     start, compiled = step, None
-    with StopRequest() as stop, contextlib.closing(prefetch(rows, start, 2)) as batches:
+    with contextlib.closing(prefetch(rows, start, 2)) as batches:
         while True:
             stopping, last = stop.agreed(step, cfg.train.log_every), step >= steps
             evaluates = due(step, cfg.train.evaluate_every, steps) and not (
