@@ -39,15 +39,15 @@ def attention(how: dict, seeds: int):
     variants = slm.study.grid({"model.attention": MIXERS}) * windowed
     variants = slm.study.arms({arm.changes["model.attention"][0]: dict(arm.changes) for arm in variants})
     equal = {"match": "parameters", "solve": "model.mlp_width"}
-    best, basins = slm.study.tune(SMALL, variants, [2e-3, 4e-3, 8e-3], metric="bits_per_byte", **how, **equal)
+    best, basins = slm.study.tune(SMALL, variants, [2e-3, 4e-3, 8e-3, 1.6e-2], metric="bits_per_byte", **how, **equal)
     return slm.study.ablate(SMALL, best, seeds=seeds, **how, **equal), basins
 
 
 def optimizers(how: dict, seeds: int):
     base = slm.override(SMALL, {"train.steps": 200})
-    names = ["adamw", "muon"]
+    names = ["adamw", "muon", "lion"]
     variants = slm.study.grid({"optim.name": names, "optim.schedule": ["linear", "cosine", "wsd"]})
-    best, basins = slm.study.tune(base, variants, [1e-3, 4e-3, 1.2e-2], metric="bits_per_byte", **how)
+    best, basins = slm.study.tune(base, variants, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], metric="bits_per_byte", **how)
     return slm.study.ablate(base, best, seeds=seeds, **how), basins
 
 
