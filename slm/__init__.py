@@ -3,7 +3,7 @@
     import slm
     cfg = slm.override(slm.load_config("configs/quickstart.py"), {"optim.learning_rate": 3e-3})
     run = slm.train(cfg)
-    slm.evaluate(run.model, "text or a source")["bits_per_byte"]
+    slm.evaluate(run)["bits_per_byte"]  # on what it held out; or slm.evaluate(run.model, "any text, or a source")
     slm.generate(run.model, "def main(")
 
 Names are imported when first used, so `import slm` costs nothing.

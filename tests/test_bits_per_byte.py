@@ -9,7 +9,7 @@ import pytest
 
 from slm.config import Experiment, MeshConfig, ModelConfig, override
 from slm.data.tokenizers import build_tokenizer
-from slm.errors import DataError
+from slm.errors import ConfigError, DataError
 from slm.evaluation.bits_per_byte import MODEL_INPUTS, eval_step_of, evaluate, evaluate_batches, ratio
 from slm.models.language_model import LanguageModel, logits
 from slm.models.transformer import Transformer
@@ -190,6 +190,8 @@ def test_a_source_is_told_from_a_text(model, tmp_path):
         evaluate(model, str(tmp_path / "held_put.txt"))
     assert evaluate(model, [TEXT, TEXT])["documents"] == 2
     assert evaluate(model, "a word and a half")["bytes"] == 17
+    with pytest.raises(ConfigError, match="name a text or a source"):
+        evaluate(model)
 
 
 def test_evaluation_compiles_once(model):

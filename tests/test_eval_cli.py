@@ -16,6 +16,7 @@ from slm.config import Experiment, ModelConfig, override
 from slm.data.pipeline import open_data
 from slm.data.synthetic import synthetic_tokenizer
 from slm.data.tokenizers import build_tokenizer
+from slm.errors import DataError
 from slm.evaluation import chat, terminal
 from slm.evaluation.bits_per_byte import evaluate
 from slm.evaluation.cli import evaluate_command
@@ -91,7 +92,10 @@ def test_a_trained_run_by_checkpoint_until_its_data_changes(tmp_path, monkeypatc
         assert scores["checkpoint"] == which
         params = load(run.dir, step).params
         assert jax.tree.all(jax.tree.map(np.array_equal, load(run.dir, which).params, params))
-    assert evaluate_command([str(run.dir), "--sequence-length", "8"]) == 0
+    assert evaluate_command([str(run.dir), "--sequence-length", "8", "--json", str(tmp_path / "scores.json")]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for way in (run, run.dir, str(run.dir)):
+        assert evaluate(way, sequence_length=8).items() <= scores.items()
     capsys.readouterr()
     assert evaluate_command([str(run.dir), "--checkpoint", "5"]) == 2
     assert "no checkpoint of step 5" in capsys.readouterr().err
@@ -100,6 +104,8 @@ def test_a_trained_run_by_checkpoint_until_its_data_changes(tmp_path, monkeypatc
     text.write_text("One more line.\n" + text.read_text())
     assert evaluate_command([str(run.dir)]) == 2
     assert "has changed since training" in capsys.readouterr().err
+    with pytest.raises(DataError, match="has changed since training"):
+        evaluate(run)
     assert evaluate_command([str(run.dir), "--source", str(text)]) == 0
 
 

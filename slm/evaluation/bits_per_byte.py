@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -93,14 +94,18 @@ def evaluate_batches(
 
 
 def evaluate(
-    model: LanguageModel,
-    text_or_source: str | Sequence[str],
+    model: Any,
+    text_or_source: str | Sequence[str] | None = None,
     batch_size: int = 16,
     sequence_length: int | None = None,
     by_position: bool = False,
     by_cluster: bool = False,
 ) -> dict[str, Any]:
     """Scores of a model, in float32, on a text, on several, or on a source: see `evaluate_batches` for what they are.
+
+    slm.evaluate(run)                       # what the run held out from training
+    slm.evaluate(model, "any text")
+    slm.evaluate(model, "tfds:lm1b:test")
 
     A string is a source if it names one that exists or looks as if it should (slm.data.sources.names_a_source:
     `cpython`, `tfds:...`, `synthetic:...`, an existing file or folder, one word with a slash or a known suffix);
@@ -112,22 +117,40 @@ def evaluate(
     of each other, so the score is a little worse than with endless context.
 
     Args:
-      model: a language model.
-      text_or_source: see above.
+      model: a LanguageModel; or the Run that slm.train returned, or the folder of a run.
+      text_or_source: see above; None: what the run held out, for which `model` has to be a run.
       batch_size: windows at a time; does not change the scores.
       sequence_length: tokens in a window; None: as in the run's own evaluations.
       by_position: also return `loss_by_position` and `tokens_by_position`.
       by_cluster: also return `clusters`.
 
     Raises:
-      DataError: the source does not exist, is empty or cannot be read, or there is nothing to score.
-      ConfigError: a synthetic task for a model that was not trained on such, or a size is out of range.
+      DataError: the source does not exist, is empty or cannot be read, there is nothing to score, or what the run was
+        trained on has changed since.
+      ConfigError: a model without a text, a synthetic task for a model that was not trained on such, or a size is out
+        of range.
+      CheckpointError: there is no such run.
     """
     from slm.data.evaluation import open_evaluation
+    from slm.evaluation.held_out import text_of
+    from slm.training.run import Run, load
 
+    run = None
+    if isinstance(model, (str, Path)):
+        run, model = model, load(model)
+    elif isinstance(model, Run):
+        run, model = model.dir, model.model
     check_sizes(model, batch_size, sequence_length)
-    length = sequence_length or model.config.data.validation_length or model.config.data.sequence_length
-    evaluation = open_evaluation(text_or_source, model.config.data, model.tokenizer, length, model.config.seed)
+    if text_or_source is not None:
+        length = sequence_length or model.config.data.validation_length or model.config.data.sequence_length
+        evaluation = open_evaluation(text_or_source, model.config.data, model.tokenizer, length, model.config.seed)
+    elif run is not None:
+        _, evaluation = text_of(model, run, sequence_length=sequence_length)
+    else:
+        raise ConfigError(
+            "evaluate: a model does not say what to score it on: name a text or a source, or give the run (slm.train "
+            "returns it) or its folder, which held something out"
+        )
     batches = evaluation.batches(batch_size)
     return evaluate_batches(
         eval_step_of(model),
