@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_batch import one_document
 
 from slm.compress.distill import distill_objective
 from slm.compress.techniques import transforms_of
@@ -81,14 +82,7 @@ def batch_of(i):
     tokens[:, 0] = rng.integers(0, V, B)
     for t in range(T):
         tokens[:, t + 1] = (tokens[:, t] * 3 + 1) % V
-    ones = np.ones((B, T), np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "weights": (rng.random((B, T)) < 0.8).astype(np.float32),
-        "segment_ids": ones,
-        "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-    }
+    return one_document(tokens[:, :-1], tokens[:, 1:], rng.random((B, T)) < 0.8)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_batch import one_document
 
 from slm.compress.gates import gate_transform, gated, hard_concrete, planned, standing
 from slm.compress.shrink import shipped_config
@@ -57,11 +58,7 @@ def batch_of(i):
     tokens = np.random.default_rng(i).integers(0, V, (B, T), dtype=np.int32)
     odd = np.roll(tokens, 1, 1) % 2
     odd[:, 0] = 0
-    ones = np.ones((B, T), np.int32)
-    return {
-        "tokens": tokens, "targets": (tokens * (3 + 4 * odd) + 1) % V, "weights": ones.astype(np.float32),
-        "segment_ids": ones, "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-    }  # fmt: skip
+    return one_document(tokens, (tokens * (3 + 4 * odd) + 1) % V)
 
 
 def built(cfg, transforms):

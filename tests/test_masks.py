@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_batch import one_document
 
 from slm.compress.masks import _due, mask_transform, sparsity_at
 from slm.compress.sparsity import keep_highest, keep_masks
@@ -32,14 +33,7 @@ BASE = Experiment(
 def batch_of(i):
     rng = np.random.default_rng(i)
     tokens = rng.integers(0, V, (B, T + 1), dtype=np.int32)
-    ones = np.ones((B, T), np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": (tokens[:, :-1] * 3 + 1) % V,
-        "weights": ones.astype(np.float32),
-        "segment_ids": ones,
-        "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-    }
+    return one_document(tokens[:, :-1], (tokens[:, :-1] * 3 + 1) % V)
 
 
 @functools.cache

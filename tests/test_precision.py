@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_batch import one_document
 
 from slm.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from slm.training import precision, step
@@ -93,10 +94,7 @@ def batch_of(i):
     told = rng.random((B, T + 1)) < 0.8
     for t in range(T):
         tokens[:, t + 1] = np.where(told[:, t + 1], (tokens[:, t] * 3 + 1) % V, tokens[:, t + 1])
-    ones = np.ones((B, T), np.int32)
-    at = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones.astype(np.float32),
-            "segment_ids": ones, "positions": at}  # fmt: skip
+    return one_document(tokens[:, :-1], tokens[:, 1:])
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from pydoc_data.topics import topics
 import jax
 import numpy as np
 import pytest
+from tiny_batch import one_document
 
 from slm.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 from slm.models.language_model import LanguageModel
@@ -30,11 +31,7 @@ def text_batches(rows, seed):
     while True:
         at = rng.integers(0, len(part) - T - 1, B)[:, None] + np.arange(T + 1)
         windows = part[at]
-        ones = np.ones((B, T), np.int32)
-        yield {
-            "tokens": windows[:, :-1], "targets": windows[:, 1:], "weights": ones.astype(np.float32),
-            "segment_ids": ones, "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-        }  # fmt: skip
+        yield one_document(windows[:, :-1], windows[:, 1:])
 
 
 def built(cfg, techniques=None):

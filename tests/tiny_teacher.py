@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+from tiny_batch import one_document
 
 from slm.compress.distill import distill_objective
 from slm.config import DataConfig, Experiment, MeshConfig, ModelConfig, OptimConfig, TrainConfig, override
@@ -73,9 +74,7 @@ def chain(seed, rows=16):
     follows = np.random.default_rng(1).permutation(V)
     for t in range(T):
         text[:, t + 1] = np.where(rng.random(rows) < 0.9, follows[text[:, t]], text[:, t + 1])
-    batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "positions": np.tile(np.arange(T), (rows, 1))}
-    batch = {name: x.astype(np.int32) for name, x in batch.items()} | {"segment_ids": np.ones((rows, T), np.int32)}
-    return batch | {"weights": np.ones((rows, T), np.float32)}
+    return one_document(text[:, :-1], text[:, 1:])
 
 
 @functools.cache
