@@ -18,6 +18,8 @@ from slm.study.fingerprints import fingerprint
 from slm.study.running import run_cells
 
 CELL = """
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,10 +28,11 @@ from slm.config import MixerConfig
 from slm.models.mixers import Mixer, Row
 
 RATE = 0.5
+SET = SimpleNamespace(scale=1.0, kinds={"one"})
 START = nn.initializers.constant(1.0)
 
 def helper(x):
-    return jnp.tanh(x)
+    return jnp.tanh(x) * SET.scale
 
 @jax.jit
 def compiled(x):
@@ -57,6 +60,8 @@ row = Row(Mine, MixerConfig(gate="none"))
 """
 EDITS = {
     "a constant": ("RATE = 0.5", "RATE = 0.25"),
+    "what an object holds": ("scale=1.0", "scale=2.0"),
+    "a set": ('{"one"}', '{"two"}'),
     "a helper": ("jnp.tanh(x)", "jnp.sin(x)"),
     "a literal in the body": ("* self.power(), cache", "* self.power() * 2, cache"),
     "what the body calls": ("return shift(compiled(x)", "return shift(helper(x)"),

@@ -71,7 +71,8 @@ def test_students_of_one_teacher(tmp_path):
         for number, changes in enumerate(({}, {"distill.temperature": 3.0}, {"distill.alpha": 0.2, "seed": 1}))
     ]
     assert packs(together) == [[0, 1, 2]]
-    assert packs([together[0], override(together[1], {"distill.hidden": 0.1})]) == [[0], [1]]
+    for other in ({"distill.hidden": 0.1}, {"distill.alpha_end": 0.0}, {"distill.temperature_end": 2.0}):
+        assert packs([together[0], override(together[1], other)]) == [[0], [1]], other
     alone = [override(cfg, {"name": f"{cfg.name}_alone"}) for cfg in together]
     for cfg in alone:
         train(cfg)
@@ -133,6 +134,8 @@ def test_what_differs_more_trains_apart(tmp_path, changes):
     a, b = arms(tmp_path, names="ab")
     assert packs([a, override(b, changes), b]) == [[0, 2], [1]]
     assert packs([a, b, a, b, a], most=2) == [[0, 1], [2, 3], [4]]
+    seen = [override(one, {"log.tensorboard": True}) for one in (a, b)]
+    assert packs([a, *seen]) == [[0], [1], [2]]  # a pack has no trackers
 
 
 def test_lanes_spread_over_devices(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from tiny_run import tiny, use_devices
 
 import slm
 from slm.errors import ConfigError
-from slm.study import running
+from slm.study import drawing, running
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,34 @@ def test_pictures(runs, tmp_path):
     assert figure._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
     runs.plot("loss", x="params", path=tmp_path / "points.svg")
     assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "points.svg"}
+
+
+def test_curves_of_runs_that_saw_different_numbers_of_tokens(tmp_path):
+    runs = {0: np.array([[10, 4.0], [20, 2.0]]), 1: np.array([[12, 3.0], [22, 1.0]])}
+    name = "_a$x_{$"
+    figure = drawing.curves({name: runs, "apart": {0: runs[0], 1: runs[1] + [50, 0]}}, "loss", "tokens")
+    (axes,) = figure.axes
+    (line,) = axes.lines
+    np.testing.assert_allclose(line.get_xydata(), [[12, (3.6 + 3) / 2], [20, (2 + 1.4) / 2]])
+    figure.savefig(tmp_path / "curves.png")
+    assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == [r"_a\$x_{\$"]
+
+
+def test_a_study_of_failures_has_a_page(tmp_path):
+    runs = slm.study.ablate(tiny(tmp_path), {"mesh.fsdp": [3]}, seeds=1, folder=tmp_path / "cells", show=False)
+    text = runs.report(tmp_path / "page.html").read_text()
+    assert "No run is done" in text
+    assert "mesh" in text
+    with pytest.raises(ConfigError, match="no run of 1 is done"):
+        runs.table()
+
+
+def test_a_size_that_was_right_leaves_the_arm_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("slm.study.study.run_cells", lambda *_: [])
+    base = tiny(tmp_path, {"model.mlp_width": None})
+    grid = slm.study.arms({"first": {"model.attention": "gla"}, "base": {}})
+    how = {"match": "parameters", "solve": "model.mlp_width", "folder": tmp_path / "cells"}
+    assert slm.study.ablate(base, grid, seeds=1, **how).base == "base"
 
 
 def test_the_page_needs_nothing(runs, tmp_path):

@@ -5,12 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny_run import TIMINGS, stop_at, tiny, use_devices
 
 from slm.config import override, to_json
+from slm.data.cache import locked
+from slm.errors import ConfigError
 from slm.study import packing, running
 from slm.study.cells import RESULT, make_cells
 from slm.study.running import Stopped, run_cells
@@ -60,6 +67,37 @@ def test_a_name_says_what_decides(tmp_path):
     (tmp_path / "text.txt").write_text("other text. " * 2000)
     others += cells_of(tmp_path, {"x": {}}, (0,))
     assert len({one.config.name, *(cell.config.name for cell in others)}) == 5
+    # What it is scored on, when it counts as lost, and what it costs.
+    more = {"x": {}, "all": {"train.evaluate_sequences": 0}, "max": {"train.max_loss": 50.0}}
+    more["parts"] = {"model.scan": False}
+    assert len({cell.config.name for cell in cells_of(tmp_path, more, (0,))}) == 4
+    assert cells_of(tmp_path, {"x": {}}, np.arange(2)) == cells_of(tmp_path, {"x": {}})
+    assert not cells_of(tmp_path, {"x": {"train.overwrite": True}}, (0,))[0].config.train.overwrite
+
+
+def test_another_teacher_under_the_same_name_makes_another_cell(tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "weights").write_bytes(bytes(200_000))
+
+    def name():
+        return cells_of(tmp_path, {"x": {"distill.teacher": str(teacher)}}, (0,))[0].config.name
+
+    first = name()
+    (teacher / "result.json").write_text("{}")  # what a study says of it
+    assert name() == first
+    (teacher / "weights").write_bytes(bytes(199_999) + b"1")
+    assert name() != first
+
+
+@pytest.mark.parametrize(("arms", "message"), [
+    ({"a": {"optim.b2": 0.9}, "b": {"optim.b2": 0.9}}, "arms 'a' and 'b' have one and the same config"),
+    ({"a": {"seed": 1}, "b": {"seed": 2}}, "differ only in seed, which .*seeds vary by seeds="),
+    ({"a": {}, "b": {"train.log_every": 3}}, r"differ only in train\.log_every"),
+])  # fmt: skip
+def test_one_run_under_two_names_is_refused(tmp_path, arms, message):
+    with pytest.raises(ConfigError, match=message):
+        cells_of(tmp_path, arms)
 
 
 def test_what_fails_is_a_row(tmp_path):
@@ -76,6 +114,49 @@ def test_what_fails_is_a_row(tmp_path):
     # What failed is tried again, what diverged would only diverge again.
     groups = run_cells(cells, show=False)
     assert groups == [[2]]
+
+
+def test_an_error_of_any_kind_is_a_row_and_says_where(tmp_path, monkeypatch):
+    cells = cells_of(tmp_path, {"wrong": {"model.width": 16}, "lost": {"model.width": 24}, "good": {}}, (0,))
+    train = loop.train
+
+    def train_or_not(cfg):
+        if cfg.model.width == 16:
+            {}["missing"]
+        return train(cfg)
+
+    monkeypatch.setattr(loop, "train", train_or_not)
+    facts = {cells[1].config.name: {"bits_per_byte": None, "loss": 1.0}}  # NaN in a row is null
+    monkeypatch.setattr(running, "measured", lambda cell, n: facts.get(cell.config.name, {"loss": 1.0}))
+    run_cells(cells, show=False)
+    wrong, lost, good = (cell.result() for cell in cells)
+    assert wrong["status"] == "failed"
+    assert wrong["error"].startswith("KeyError: 'missing' (test_study_running.py, line ")
+    assert lost["status"] == "diverged"
+    assert lost["error"] == "its last bits_per_byte is not a finite number"
+    assert good["status"] == "done"
+
+
+def test_the_arrays_of_a_pack_that_failed_are_gone_when_its_runs_train_alone(tmp_path, monkeypatch):
+    alive = []
+
+    class Arrays:
+        pass
+
+    def too_large(cfgs, show):
+        arrays = Arrays()
+        alive.append(weakref.ref(arrays))
+        raise MemoryError("no room")
+
+    def train(cfg):
+        assert alive[0]() is None
+        raise MemoryError("seen")
+
+    monkeypatch.setattr(running, "train_pack", too_large)
+    monkeypatch.setattr(loop, "train", train)
+    cells = cells_of(tmp_path, RATES, (0,))
+    run_cells(cells, show=False)
+    assert [cell.result()["error"] for cell in cells] == ["MemoryError: seen"] * 2
 
 
 def test_long_runs_train_alone_on_a_cpu(tmp_path, monkeypatch):
@@ -120,6 +201,72 @@ def test_a_stop_keeps_what_is_done(tmp_path, monkeypatch):
         last = cell.history()[-1]
         for name in row.keys() - TIMINGS:
             assert last[name] == (row[name] if isinstance(row[name], str) else pytest.approx(row[name], rel=2e-4)), name
+
+
+def test_a_stop_at_the_end_of_a_run_is_for_what_follows(tmp_path, monkeypatch):
+    cells = cells_of(tmp_path, {"a": {}, "b": {"model.width": 16}}, (0,))
+    stop_at(monkeypatch, cells[0].config.train.steps)
+    with pytest.raises(Stopped):
+        run_cells(cells, show=False)
+    assert cells[0].result()["status"] == "done"
+    assert not cells[1].folder.exists()
+
+
+def test_a_pool_that_is_told_to_end(tmp_path, monkeypatch):
+    """SIGTERM, as a scheduler sends it: processes save and end, and nothing counts as failed."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    cells = cells_of(tmp_path, {"a": {}, "b": {"model.width": 16}}, (0,), train__steps=100_000, checkpoint__every=50)
+    (cells[0].folder).mkdir(parents=True)
+    cells[0].finish("failed", error="of old")
+
+    def end():
+        until = time.time() + 120
+        while not cells[0].history() and time.time() < until:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=end).start()
+    with pytest.raises(Stopped):
+        run_cells(cells, processes=1, show=False)
+    assert [cell.result() for cell in cells] == [None, None]
+    assert cells[0].history()[-1]["step"] < 100_000
+    assert not cells[1].folder.exists()
+    time.sleep(0.1)
+    with locked(cells[0].folder):  # nobody trains it any more
+        pass
+
+
+def test_a_pack_that_the_kernel_kills_is_tried_one_by_one(tmp_path, monkeypatch):
+    cells = cells_of(tmp_path, RATES, (0,))
+    given = []
+
+    class Killed:
+        returncode = -9
+
+        def __init__(self, command, **_):
+            rows = json.loads(Path(command[-1]).read_text())
+            given.append([row["arm"] for row in rows])
+            if given[-1] == ["slow"]:
+                self.returncode = 0
+                cells[0].finish("done", loss=1.0, seconds=1.0)
+
+        def communicate(self):
+            return "", "Killed"
+
+    monkeypatch.setattr(running.subprocess, "Popen", Killed)
+    run_cells(cells, processes=1, show=False)
+    assert given == [["slow", "fast"], ["slow"], ["fast"]]
+    assert [cell.result()["status"] for cell in cells] == ["done", "failed"]
+    assert cells[1].result()["error"] == "its process ended with exit code -9: Killed"
+
+
+def test_workers_get_gpus_that_this_process_may_see(monkeypatch):
+    gpus = [SimpleNamespace(id=i, platform="gpu") for i in range(2)]
+    monkeypatch.setattr(running.jax, "local_devices", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [running._environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert [running._environment(slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["4", "7"]
 
 
 def test_killed_in_another_process_and_run_again(tmp_path, monkeypatch):

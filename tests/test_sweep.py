@@ -1,6 +1,8 @@
 """Studies from the command line: the cells of the notebook, and its table."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from tiny_run import tiny, use_devices
@@ -65,6 +67,16 @@ def test_runs_beside_each_other(made, tmp_path, capsys):
     assert table.cells[table.arms[1], "parameters"].difference.mean == 0
 
 
+def test_a_longer_run_is_no_further_seed(made, tmp_path):
+    _, study = made
+    one, other = (cell.folder for cell in study.cells[:2])
+    longer = Path(shutil.copytree(other, tmp_path / "longer"))
+    config = json.loads((longer / "config.json").read_text())
+    config["train"]["steps"] += 1
+    (longer / "config.json").write_text(json.dumps(config))
+    assert compare_runs([one, longer]).arms == (one.name, "longer")
+
+
 def test_what_cannot_be_compared(made, capsys):
     _, study = made
     one, other = (str(cell.folder) for cell in study.cells[:2])
@@ -72,6 +84,10 @@ def test_what_cannot_be_compared(made, capsys):
     assert "differ in more than their seed" in capsys.readouterr().err
     assert evaluate_command([]) == 2
     assert "which model?" in capsys.readouterr().err
+    assert evaluate_command(["--compare", one, other, "--sequence-length", "8"]) == 2
+    assert "--sequence-length cannot go with --compare" in capsys.readouterr().err
+    assert evaluate_command(["--compare", one, other, "--json", "nowhere/table.json"]) == 2
+    assert "there is no folder nowhere" in capsys.readouterr().err
 
 
 def test_the_command(made, tmp_path, monkeypatch, capsys):

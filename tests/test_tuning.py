@@ -1,13 +1,14 @@
 """Values chosen for each variant, basins over several seeds, transfer between sizes; budgets in tokens and seconds."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 from tiny_run import tiny, use_devices
 
 import slm
 from slm.config import override
-from slm.errors import ConfigError
+from slm.errors import ConfigError, DivergenceError
 from slm.study import budget, tuning, watching
 from slm.study.cells import Cell
 from slm.study.study import Study
@@ -97,6 +98,8 @@ def test_equal_tokens_whatever_the_batches(tmp_path, monkeypatch):
     assert [train.steps for train in seen.values()] == [40, 20]
     with pytest.raises(ConfigError, match="tokens and seconds"):
         slm.study.ablate(base, {"train.batch_size": [4, 8]}, tokens=1, seconds=1)
+    with pytest.raises(ConfigError, match=r"an arm sets train\.steps, and so do tokens="):
+        slm.study.ablate(base, {"train.steps": [4, 8]}, tokens=1e4)
     with pytest.raises(ConfigError, match="tokens = 0"):
         slm.study.ablate(base, {"train.batch_size": [4]}, tokens=0)
 
@@ -116,14 +119,35 @@ def test_equal_seconds(tmp_path, monkeypatch):
         assert {name: cfg.train.steps for name, cfg in found.items()} == {"softmax": 300, "gla": 120}
     # Asked once; another rate or seed is no slower.
     budget.with_seconds({"x": override(arms["gla"], {"train.steps": 7, "seed": 9})}, 1, tmp_path / "study")
+    budget.with_seconds({"x": override(arms["gla"], {"optim.learning_rate": 9e-3})}, 1, tmp_path / "study")
     assert calls == ["softmax", "gla"]
 
 
+def test_an_arm_that_diverges_in_its_trial_is_left_to_the_study(tmp_path, monkeypatch):
+    def speed(cfg):
+        if cfg.model.width == 16:
+            raise DivergenceError("step 3: the loss is nan")
+        return 5.0
+
+    monkeypatch.setattr(budget, "steps_per_second", speed)
+    arms = slm.study.configs(tiny(tmp_path), {"model.width": [16, 32]})
+    found = budget.with_seconds(arms, 30, tmp_path / "study")
+    assert [cfg.train.steps for cfg in found.values()] == [budget.TRIAL_STEPS, 150]
+
+
 def test_a_trial_tells_a_speed(tmp_path, monkeypatch):
+    """In steps, however few of the targets are scored."""
     use_devices(monkeypatch, 1)
     cfg = tiny(tmp_path)
     assert budget.steps_per_second(cfg) > 0
     assert not cfg.run_dir.exists()
+    rows = [{"step": 5 * i, "tokens": 20.0 * i, "tokens_per_second": 12.0} for i in range(1, 9)]
+    run = SimpleNamespace(history=rows, finished=True)
+    monkeypatch.setattr("slm.training.loop.train", lambda cfg: run)
+    assert budget.steps_per_second(cfg) == 3.0  # four targets a step
+    run.finished = False
+    with pytest.raises(KeyboardInterrupt):
+        budget.steps_per_second(cfg)
 
 
 def test_what_is_left_is_told_by_steps(tmp_path, capsys, monkeypatch):

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,6 +106,8 @@ def run(arguments: Arguments) -> None:
     from slm.training.compilation import enable_compilation_cache
 
     check(arguments)
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     if arguments.compare:
         from slm.study.comparing import compare_runs
 
@@ -114,8 +116,6 @@ def run(arguments: Arguments) -> None:
         if arguments.json is not None:
             arguments.json.write_text(table.json())
         return
-    if arguments.json is not None and not arguments.json.parent.is_dir():
-        raise SlmError(f"cannot write {arguments.json}: there is no folder {arguments.json.parent}")
     model = open_model(arguments.run, arguments.checkpoint)
     if arguments.quantize is not None:
         from slm.compress.quantize import quantize
@@ -232,6 +232,14 @@ def check(arguments: Arguments) -> None:
     """Raises SlmError for what contradicts itself, before a model is loaded."""
     if bool(arguments.run) == bool(arguments.compare):
         raise SlmError("which model? python eval.py MODEL, or python eval.py --compare MODEL MODEL ...")
+    if arguments.compare:
+        plain, goes = Arguments(), ("compare", "source", "json", "batch_size")
+        for field in fields(Arguments):
+            if field.name not in goes and getattr(arguments, field.name) != getattr(plain, field.name):
+                raise SlmError(
+                    f"--{field.name.replace('_', '-')} cannot go with --compare, which takes --source, --batch-size "
+                    "and --json: leave it out"
+                )
     if arguments.samples < 1:
         raise SlmError(f"--samples {arguments.samples}: must be at least 1")
     if arguments.batch_size < 1:

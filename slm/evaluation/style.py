@@ -46,6 +46,11 @@ def look(number: int) -> dict[str, Any]:
     }
 
 
+def label(text: str) -> str:
+    """As it stands, in a legend: matplotlib takes $ for mathematics, and hides what begins with _."""
+    return ("\N{NO-BREAK SPACE}" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def legend(made: Any, title: str | None = None) -> None:
     """Beside the axes, where it hides nothing."""
     made.legend(title=title, fontsize=8, title_fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))

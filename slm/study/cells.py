@@ -10,19 +10,32 @@ from typing import Any
 
 from slm.config import DataConfig, Experiment, flatten
 from slm.data.cache import digest
+from slm.errors import ConfigError
 from slm.models.counts import cache_bytes, flops_per_token, parameter_counts
 from slm.models.mixers import MIXERS, SHIPPED, layer_pattern
 from slm.study.fingerprints import fingerprint
 from slm.training import precision
 from slm.training.metrics import read_rows
 from slm.training.plan import PLAN
-from slm.training.run import FREE, METRICS, stored_config
+from slm.training.run import METRICS, stored_config
 
 RESULT = "result.json"
 SHORT = {"params": "parameters", "tokens_per_s": "tokens_per_second"}
 """Names that metrics may also be asked for by."""
-MAKES_NUMBERS = ("attention", "compress", "data", "models", "training")
-"""Rooms whose source decides what a run learns; a change in any of them makes new cells."""
+MAKES_NUMBERS = (
+    "attention", "compress", "data", "models", "training", "experiment.py", "compression.py",
+    "evaluation/bits_per_byte.py", "study/packing.py",
+)  # fmt: skip
+"""Rooms and files of slm that decide what a run learns and how it is scored; a change in any makes new cells."""
+WHERE = (
+    "name", "dir", "log.", "checkpoint.", "mesh.", "data.cache", "data.tfds_dir", "data.download",
+    "train.log_every", "train.evaluate_every", "train.overwrite",
+)  # fmt: skip
+"""Fields, and sections, that say where a cell runs and how often it reports: a cell with others of them is the same."""
+MODELS = ("model.init_from", "distill.teacher", "distill.cached")
+"""Fields that name files of which a run is made."""
+ENDS = 65_536
+"""Bytes at either end of such a file that are looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +73,11 @@ class Cell:
 def make_cells(configs: Mapping[str, Experiment], seeds: Sequence[int], folder: str | Path) -> list[Cell]:
     """Every arm with every seed; seeds vary fastest.
 
-    The name of a run is a hash of its config (but for where and how it runs), of its data's content, of slm's code, and
-    of the mechanisms that a program has added to MIXERS: the same cell in another study is the same folder, and a cell
-    whose data or code has changed is another one.
-    Raises what opening the data raises.
+    The name of a run is a hash of its config (but for WHERE), of its data's content, of the models that it starts from
+    or is taught by, of slm's code, and of the mechanisms that a program has added to MIXERS: the same cell in another
+    study is the same folder, and a cell whose data or code has changed is another one.
+
+    Raises ConfigError for arms that are one and the same run, and what opening the data raises.
     """
     from slm.data.pipeline import open_data
 
@@ -71,18 +85,49 @@ def make_cells(configs: Mapping[str, Experiment], seeds: Sequence[int], folder: 
     def content(data: DataConfig, seed: int) -> str:
         return open_data(data, seed).fingerprint
 
-    cells = []
+    @functools.cache
+    def files(model: str) -> str | None:
+        return files_of(Path(model))
+
+    cells, by_name = [], {}
     for arm, cfg in configs.items():
-        for seed in seeds:
-            one = dataclasses.replace(cfg, seed=seed)
-            decides = {
-                path: value
-                for path, value in flatten(one).items()
-                if not path.startswith(FREE) or path == "train.steps"
-            }
-            name = digest(sorted(decides.items()), content(one.data, seed), code_version(), own_code(one))
+        for seed in map(int, seeds):
+            one = dataclasses.replace(cfg, seed=seed, train=dataclasses.replace(cfg.train, overwrite=False))
+            fields = flatten(one)
+            decides = {path: value for path, value in fields.items() if not path.startswith(WHERE)}
+            models = [files(fields[path]) for path in MODELS if fields[path]]
+            name = digest(sorted(decides.items()), models, content(one.data, seed), code_version(), own_code(one))
+            other = by_name.setdefault(name, arm)
+            if other != arm:
+                raise ConfigError(_same(other, arm, configs))
             cells.append(Cell(arm, seed, dataclasses.replace(one, name=name, dir=str(Path(folder) / "cells"))))
     return cells
+
+
+def _same(one: str, other: str, configs: Mapping[str, Experiment]) -> str:
+    a, b = (flatten(configs[arm]) for arm in (one, other))
+    fields = " and ".join(path for path in a if a[path] != b[path])
+    if not fields:
+        return f"arms '{one}' and '{other}' have one and the same config: leave one of them out"
+    return (
+        f"arms '{one}' and '{other}' are one and the same run: they differ only in {fields}, which makes no "
+        "other run of it (seeds vary by seeds=)"
+    )
+
+
+def files_of(model: Path) -> str | None:
+    """A hash that tells whether a model's files are still what they were: their names, sizes, beginnings and ends. None
+    where there are none, such as for a name on the Hub."""
+    if not model.exists():
+        return None
+    found = []
+    for path in sorted(model.rglob("*")) if model.is_dir() else [model]:
+        if path.is_file() and path.suffix != ".lock" and path.name != RESULT:
+            with path.open("rb") as file:
+                begins = file.read(ENDS)
+                file.seek(max(0, path.stat().st_size - ENDS))
+                found.append((path.relative_to(model).as_posix(), path.stat().st_size, digest(begins, file.read())))
+    return digest(found)
 
 
 def own_mechanisms(cfg: Experiment) -> list[str]:
@@ -130,9 +175,9 @@ def measured(cell: Cell, together: int = 1) -> dict[str, Any]:
 
 @functools.cache
 def code_version() -> str:
-    """A hash of the sources of the rooms that decide what a run learns."""
+    """A hash of the sources in MAKES_NUMBERS."""
     home = Path(__file__).parent.parent
-    files = [home / "experiment.py", home / "compression.py"]
-    for room in MAKES_NUMBERS:
-        files += sorted((home / room).rglob("*.py"))
+    files = []
+    for place in MAKES_NUMBERS:
+        files += [home / place] if place.endswith(".py") else sorted((home / place).rglob("*.py"))
     return digest([(path.relative_to(home).as_posix(), path.read_bytes()) for path in files])

@@ -65,7 +65,7 @@ def compare_runs(
         key = tuple(
             (path, value)
             for path, value in flatten(model.config).items()
-            if path != "seed" and not path.startswith(FREE)
+            if path != "seed" and (path == "train.steps" or not path.startswith(FREE))
         )
         known = arms.setdefault(key, (Path(run).name, {}))[1]
         if model.config.seed in known:  # not a further seed: another model

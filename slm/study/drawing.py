@@ -23,11 +23,11 @@ def curves(series: dict[str, dict[int, np.ndarray]], metric: str, x: str) -> Any
         runs = [points for points in by_seed.values() if len(points)]
         if not runs:
             continue
-        shared = set(runs[0][:, 0]).intersection(*(set(points[:, 0]) for points in runs))
-        xs = np.array(sorted(shared))
-        ys = np.array([[dict(map(tuple, points))[at] for at in xs] for points in runs])
+        xs, ys = _together(runs)
+        if not len(xs):
+            continue
         look = style.look(number)
-        made.plot(xs, ys.mean(0), label=arm, **look | ({} if len(xs) < 30 else {"marker": None}))
+        made.plot(xs, ys.mean(0), label=style.label(arm), **look | ({} if len(xs) < 30 else {"marker": None}))
         if len(runs) > 1:
             made.fill_between(xs, ys.min(0), ys.max(0), color=look["color"], alpha=0.15, linewidth=0)
         lowest.append(ys.min())
@@ -37,6 +37,16 @@ def curves(series: dict[str, dict[int, np.ndarray]], metric: str, x: str) -> Any
         margin = 0.08 * (max(last) - min(lowest))
         made.set_ylim(min(lowest) - margin, max(last) + margin)
     return _labelled(made, metric, x)
+
+
+def _together(runs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(x, values of each run there), at the x that all have; where they have none, such as tokens of runs that see
+    different numbers of them, at all x that lie within every run, between whose points lines are drawn."""
+    shared = sorted(set(runs[0][:, 0]).intersection(*(set(points[:, 0]) for points in runs)))
+    if not shared:
+        begins, ends = max(points[:, 0].min() for points in runs), min(points[:, 0].max() for points in runs)
+        shared = sorted({x for points in runs for x in points[:, 0] if begins <= x <= ends})
+    return np.array(shared), np.array([np.interp(shared, points[:, 0], points[:, 1]) for points in runs])
 
 
 def points(table: Any, metric: str, x: str) -> Any:
@@ -52,7 +62,7 @@ def points(table: Any, metric: str, x: str) -> Any:
             if not math.isnan(cell.low)
         }
         look = style.look(number) | {"linestyle": "none", "markersize": 6}
-        made.errorbar(across.mean, up.mean, label=arm, capsize=3, elinewidth=1, **bars, **look)
+        made.errorbar(across.mean, up.mean, label=style.label(arm), capsize=3, elinewidth=1, **bars, **look)
     return _labelled(made, metric, x)
 
 

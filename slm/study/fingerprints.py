@@ -7,6 +7,7 @@ itself counts by its name here (slm.study.cells.code_version hashes those files)
 
 import dataclasses
 import dis
+import enum
 import functools
 import inspect
 import sys
@@ -37,8 +38,10 @@ def _described(thing: Any, seen: dict[int, tuple[int, Any]]) -> Any:
         return repr(thing)
     if isinstance(thing, tuple):
         return several(thing)
-    if isinstance(thing, frozenset):
+    if isinstance(thing, (set, frozenset)):
         return tuple(sorted(repr(one) for one in several(thing)))
+    if isinstance(thing, enum.Enum):
+        return repr(thing)
     if isinstance(thing, types.CodeType):
         return (thing.co_code, thing.co_names, thing.co_varnames, thing.co_freevars, several(thing.co_consts))
     if id(thing) in seen:
@@ -77,6 +80,8 @@ def _described(thing: Any, seen: dict[int, tuple[int, Any]]) -> Any:
     if hasattr(thing, "dtype") and hasattr(thing, "shape"):
         array = np.asarray(thing)
         return repr((array.shape, str(array.dtype))), array.tobytes()
+    if isinstance(thing, types.SimpleNamespace) or (hasattr(thing, "__dict__") and _from_here(type(thing).__module__)):
+        return several((type(thing), sorted(vars(thing).items())))
     if callable(thing):  # such as jax.jit(f), or jax.custom_vjp with its two passes
         parts = sorted(getattr(thing, "__dict__", {}).items())
         return several((type(thing), [one for _, one in parts if _is_code(one)]))

@@ -89,7 +89,7 @@ class Grid(Sequence[Arm]):
             return other.apply(self)
         if not isinstance(other, (Grid, Mapping)):
             return NotImplemented
-        right = _as_grid(other)._cells
+        right = as_grid(other)._cells
         return Grid([a + b for a in self._cells for b in right])
 
     def __rmul__(self, other: Mapping[str, Any]) -> "Grid":
@@ -197,7 +197,7 @@ def arms(named: Mapping[str, Mapping[str, Any]]) -> Grid:
 
 def chain(*grids: Grid | Mapping[str, Any]) -> Grid:
     """The arms of all grids, one grid after the other; an arm that came before is left out."""
-    return Grid(list(dict.fromkeys(cell for one in grids for cell in _as_grid(one)._cells)))
+    return Grid(list(dict.fromkeys(cell for one in grids for cell in as_grid(one)._cells)))
 
 
 def when(condition: Mapping[str, Any], fields: Grid | Mapping[str, Any]) -> When:
@@ -209,7 +209,7 @@ def when(condition: Mapping[str, Any], fields: Grid | Mapping[str, Any]) -> When
     Raises:
       ConfigError: as `grid`; when it is applied, if no arm sets a field of the condition, or none meets it.
     """
-    return When(condition, _as_grid(fields))
+    return When(condition, as_grid(fields))
 
 
 def configs(base: Experiment, grid: Grid | Mapping[str, Any]) -> dict[str, Experiment]:
@@ -224,7 +224,7 @@ def configs(base: Experiment, grid: Grid | Mapping[str, Any]) -> dict[str, Exper
 
     made: dict[str, Experiment] = {}
     built = set()
-    for arm in _as_grid(grid):
+    for arm in as_grid(grid):
         try:
             cfg = check(override(base, dict(arm.changes)))
             if cfg.model not in built and not cfg.model.init_from:
@@ -239,7 +239,8 @@ def configs(base: Experiment, grid: Grid | Mapping[str, Any]) -> dict[str, Exper
     return made
 
 
-def _as_grid(part: Grid | Mapping[str, Any]) -> Grid:
+def as_grid(part: Grid | Mapping[str, Any]) -> Grid:
+    """A grid as it is; of fields to values, their product."""
     return part if isinstance(part, Grid) else grid(part)
 
 

@@ -133,7 +133,8 @@ def match(
             f"{valid[value]:,.0f}, {valid[value] / target:.2f} times as many; solve another of {', '.join(SOLVABLE)}, "
             "or change the base"
         )
-    return Match(cfg.name, override(cfg, {solve: value}), by, solve, was, value, valid[value], target)
+    made = cfg if value == was else override(cfg, {solve: value})  # a size that follows from others still does
+    return Match(cfg.name, made, by, solve, was, value, valid[value], target)
 
 
 def _search(count: Callable[[int], float | None], target: float, step: int, largest: int) -> None:

@@ -58,11 +58,12 @@ def pack_key(cfg: Experiment) -> tuple | None:
         cfg.prune.on or cfg.quantize.on or cfg.convert.on or cfg.shrink.on or not _taught_simply(cfg.distill)
         or cfg.model.init_from is not None or cfg.optim.only or cfg.train.precision == "float16"
         or cfg.model.head != "lm" or (cfg.mesh.fsdp, cfg.mesh.tensor) != (1, 1)
+        or cfg.log.tensorboard or cfg.log.wandb or cfg.log.profile
     )  # fmt: skip
     if alone or jax.process_count() > 1:
         return None
-    free = ("name", "dir", "log.", "seed", *NUMBERS)
-    return tuple((path, value) for path, value in flatten(cfg).items() if not path.startswith(free))
+    free = {"name", "dir", "seed", "log.console", *NUMBERS}
+    return tuple((path, value) for path, value in flatten(cfg).items() if path not in free)
 
 
 def _taught_simply(distill: DistillConfig) -> bool:

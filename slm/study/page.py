@@ -37,19 +37,19 @@ WORDS = ("arm", "status", "verdict", "why", "solved for", "differs from the base
 
 def page(study: Any, title: str, metrics: Sequence[str] = ()) -> str:
     """The whole file. metrics: of the table and the curves; none: bits_per_byte, or else loss, and params."""
-    table = study.table(*metrics)
-    drawn = [
-        metric for metric in table.metrics if any(len(c) for by in study.curve(metric).values() for c in by.values())
-    ]
+    done = any(row["status"] == "done" for row in study.rows())
+    table = study.table(*metrics) if done else None
+    shown = table.metrics if done else ()
+    drawn = [metric for metric in shown if any(len(c) for by in study.curve(metric).values() for c in by.values())]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=quiet>{len(study.arms)} arms, seeds {', '.join(map(str, study.seeds))}; {date.today()}</p>",
-        "<h2>Result</h2>", _result(table),
+        "<h2>Result</h2>", _result(table) if done else "<p>No run is done.</p>",
         *(_figure(study.plot(metric), f"{metric}: mean over seeds; the band goes from the lowest to the highest.")
           for metric in drawn),
         _failures(study), _matches(study),
         "<h2>Arms</h2>", _arms(study),
-        "<h2>Runs</h2>", _runs(study, table.metrics),
+        "<h2>Runs</h2>", _runs(study, shown),
         "<h2>Environment</h2>", _pairs(environment()),
         "<h2>Config of the base</h2>",
         f"<details><summary>{html.escape(study.base)}</summary><pre>"

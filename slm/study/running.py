@@ -5,12 +5,15 @@ import dataclasses
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,10 @@ from slm.config import Experiment, from_json, longest_sequence, override, to_jso
 from slm.data.cache import locked
 from slm.errors import ConfigError, DivergenceError, SlmError
 from slm.models.counts import flops_per_token
-from slm.study.cells import Cell, measured, own_mechanisms
+from slm.study.cells import RESULT, Cell, measured, own_mechanisms
 from slm.study.packing import packs, train_pack
 from slm.study.watching import Said, watched
+from slm.training.signals import StopRequest
 
 MOST = 16
 """Runs in one program on one device, unless told otherwise."""
@@ -65,13 +69,18 @@ def run_cells(cells: Sequence[Cell], processes: int = 0, pack: int | None = None
         if (cell.result() or {}).get("status") not in ("done", "diverged"):
             left.setdefault(cell.config.name, cell)
     todo = list(left.values())
+    for cell in todo:
+        (cell.folder / RESULT).unlink(missing_ok=True)  # a failure, which is tried again
     groups = [[todo[i] for i in group] for group in _packs([cell.config for cell in todo], pack)]
     with watched(todo, len(cells) - len(todo), show, packing_of(groups)) as said:
         if processes:
             _in_processes(groups, processes, said)
         else:
-            for group in groups:
-                run_group(group, said)
+            with StopRequest() as stop:  # hears of what comes while a run ends, too late to stop that run
+                for group in groups:
+                    run_group(group, said)
+                    if stop.signal is not None and group is not groups[-1]:
+                        raise Stopped
     number = {cell.config.name: i for i, cell in reversed(list(enumerate(cells)))}
     return [[number[cell.config.name] for cell in group] for group in groups]
 
@@ -119,18 +128,19 @@ def run_group(cells: Sequence[Cell], said: Said = lambda text: None) -> None:
         cells = [cell for cell in cells if (cell.result() or {}).get("status") not in ("done", "diverged")]
         if not cells:
             return
-        begun = time.time()
+        stopped, failure = False, None
         try:
-            stopped = _train(cells, begun)
-        except (SlmError, MemoryError, jax.errors.JaxRuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            if len(cells) > 1:
-                # Perhaps too large together; and one that fails must not take the others with it.
-                for cell in cells:
-                    stack.close()
-                    run_group([cell], said)
-                return
-            cells[0].finish("failed", error=f"{type(error).__name__}: {error}".splitlines()[0][:500])
-            stopped = False
+            stopped = _train(cells, time.time())
+        except Exception as error:  # whatever a mechanism of one's own may raise; a study goes on with its other arms
+            failure = _why(error)
+        if failure is not None and len(cells) == 1:
+            cells[0].finish("failed", error=failure)
+    if failure is not None and len(cells) > 1:
+        # Perhaps too large together; and one that fails must not take the others with it. By now the error, and with it
+        # the arrays of its frames, is gone.
+        for cell in cells:
+            run_group([cell], said)
+        return
     for cell in cells:
         if (result := cell.result()) is not None:
             said(_line(cell, result))
@@ -157,8 +167,21 @@ def _train(cells: Sequence[Cell], begun: float) -> bool:
         if error is not None:
             cell.finish("diverged", error=error, seconds=seconds, **packed)
         elif done:
-            cell.finish("done", seconds=seconds, **packed, **measured(cell, len(cells)))
+            facts = measured(cell, len(cells))
+            if lost := [name for name in ("bits_per_byte", "loss") if name in facts and facts[name] is None]:
+                cell.finish("diverged", error=f"its last {lost[0]} is not a finite number", seconds=seconds, **packed)
+            else:
+                cell.finish("done", seconds=seconds, **packed, **facts)
     return not all(done or error is not None for done, error in zip(finished, errors, strict=True))
+
+
+def _why(error: Exception) -> str:
+    """In a line: what happened; and where, if it is not an error that says so itself."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not isinstance(error, (SlmError, MemoryError, jax.errors.JaxRuntimeError)):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{text[:400]} ({Path(last.filename).name}, line {last.lineno})"
+    return text[:500]
 
 
 def _quiet(cell: Cell) -> Any:
@@ -166,35 +189,53 @@ def _quiet(cell: Cell) -> Any:
 
 
 def _in_processes(groups: list[list[Cell]], processes: int, said: Said) -> None:
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
-        running: list[subprocess.Popen] = []
-        slots: queue.Queue[int] = queue.Queue()
-        for slot in range(processes):
-            slots.put(slot)
+    stopping = threading.Event()
+    running: list[subprocess.Popen] = []
+    slots: queue.Queue[int] = queue.Queue()
+    for slot in range(processes):
+        slots.put(slot)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool, _term_interrupts():
 
-        def work(item: tuple[int, list[Cell]]) -> None:
-            number, group = item
-            file = Path(folder) / f"{number}.json"
+        def attempt(group: list[Cell]) -> str | None:
+            """Trains them in a process of their own. Why that died, if it did."""
+            if stopping.is_set():
+                return None
+            slot = slots.get()
+            file = Path(folder) / f"{slot}.json"
             rows = [{"arm": c.arm, "seed": c.seed, "config": json.loads(to_json(c.config))} for c in group]
             file.write_text(json.dumps(rows))
-            slot = slots.get()
             process = subprocess.Popen(
                 [sys.executable, "-m", "slm.study.running", str(file)], env=_environment(slot, processes),
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             running.append(process)
+            if stopping.is_set():  # meanwhile
+                process.terminate()
             _, errors = process.communicate()
             slots.put(slot)
+            if process.returncode in (0, 130) or stopping.is_set():
+                return None
+            last = (errors.strip().splitlines() or ["nothing on stderr"])[-1]
+            return f"its process ended with exit code {process.returncode}: {last}"[:500]
+
+        def work(group: list[Cell]) -> None:
+            why = attempt(group)
+            left = [cell for cell in group if cell.result() is None]
+            if why and len(group) > 1:  # perhaps too large together, for the kernel
+                whys = [attempt([cell]) for cell in left]
+            else:
+                whys = [why] * len(left)
+            for cell, one in zip(left, whys, strict=True):
+                if one and cell.result() is None:
+                    cell.finish("failed", error=one)
             for cell in group:
-                if cell.result() is None and process.returncode not in (0, 130):
-                    last = (errors.strip().splitlines() or ["nothing on stderr"])[-1]
-                    cell.finish("failed", error=f"its process ended with exit code {process.returncode}: {last}"[:500])
                 if (result := cell.result()) is not None:
                     said(_line(cell, result))
 
         try:
-            list(pool.map(work, enumerate(groups)))
+            list(pool.map(work, groups))
         except KeyboardInterrupt:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()  # saves first
@@ -203,10 +244,25 @@ def _in_processes(groups: list[list[Cell]], processes: int, said: Said) -> None:
         raise Stopped
 
 
+@contextlib.contextmanager
+def _term_interrupts() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does; outside the main thread, where Python allows no handlers, what it did."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def _environment(slot: int, processes: int) -> dict[str, str]:
     """Of the worker in a slot: a GPU of its own where there are several, its share of the cores where there is none."""
     environment = dict(os.environ)
     gpus = [device.id for device in jax.local_devices() if device.platform == "gpu"]
+    if visible := environment.get("CUDA_VISIBLE_DEVICES"):
+        gpus = [visible.split(",")[number] for number in gpus]  # jax counts those that it may see
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpus[slot % len(gpus)])
         if processes > len(gpus):

@@ -19,7 +19,7 @@ from slm.models.language_model import LanguageModel
 from slm.study import drawing
 from slm.study.budget import with_seconds, with_tokens
 from slm.study.cells import SHORT, Cell, make_cells
-from slm.study.grids import Grid, configs
+from slm.study.grids import Grid, as_grid, configs
 from slm.study.matching import Match, matched
 from slm.study.running import Stopped, run_cells
 from slm.study.table import HIGHER_IS_BETTER, Table, make_table
@@ -64,7 +64,8 @@ def ablate(
       processes: 0: all in this process; more: so many at a time, each with a device or cores of its own.
       show: a line for each run that ends, with the time that is left.
 
-    Raises ConfigError for an arm that cannot be, DataError for data that cannot be read; nothing has been trained then.
+    Raises ConfigError for an arm that cannot be, or is another one under a second name, DataError for data that cannot
+    be read; nothing has been trained then.
     """
     if tokens is not None and seconds is not None:
         raise ConfigError("tokens and seconds exclude each other: arms are equal in the one or in the other")
@@ -78,6 +79,8 @@ def ablate(
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ConfigError(f"seeds = {seeds!r}: give a number above 0, or different seeds")
+    if (tokens, seconds) != (None, None) and any("train.steps" in dict(arm.changes) for arm in as_grid(grid)):
+        raise ConfigError("an arm sets train.steps, and so do tokens= and seconds=: leave one of them out")
     if tokens is not None:
         found = {name: with_tokens(cfg, tokens) for name, cfg in found.items()}
     if seconds is not None:
@@ -127,9 +130,12 @@ class Study:
         """Arm to seed to value; None where a run has none. Raises ConfigError for a metric that no run has."""
         metric = SHORT.get(metric, metric)
         rows = self.rows()
-        known = sorted({name for row in rows for name, value in row.items() if isinstance(value, (int, float))})
+        done = [row for row in rows if row["status"] == "done"]
+        if not done:
+            raise ConfigError(f"no run of {len(rows)} is done, so there is no {metric!r} yet; rows() says why")
+        known = sorted({name for row in done for name, value in row.items() if isinstance(value, (int, float))})
         if metric not in known:
-            raise ConfigError(f"no run has the metric {metric!r}: there are {', '.join(known) or 'none yet'}")
+            raise ConfigError(f"no run has the metric {metric!r}: there are {', '.join(known)}")
         found: dict[str, dict[int, float | None]] = {arm: {} for arm in self.arms}
         for row in rows:
             found[row["arm"]][row["seed"]] = row.get(metric) if row["status"] == "done" else None

@@ -26,6 +26,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            if outer := self._outer(signal.SIGTERM):
+                self.signal = outer.signal
         return self
 
     def __exit__(self, *_) -> None:
@@ -36,6 +38,14 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if outer := self._outer(number):
+            outer._handle(number, frame)
+
+    def _outer(self, number: int) -> "StopRequest | None":
+        """The request around this one, which hears of the same signals: whoever asked a run to stop has asked all that
+        was to follow it."""
+        handler = getattr(self._previous.get(number), "__self__", None)
+        return handler if isinstance(handler, StopRequest) else None
 
     def agreed(self, step: int, every: int) -> bool:
         """Whether to stop at `step`: the same answer in all processes, which therefore save the same step.
