@@ -236,6 +236,28 @@ def test_a_pool_that_is_told_to_end(tmp_path, monkeypatch):
         pass
 
 
+def test_workers_end_with_the_process_that_wanted_their_work(tmp_path):
+    """Even if that was killed: they save, and leave the machine to others."""
+    (cell,) = cells_of(tmp_path, {"a": {}}, (0,), train__steps=100_000, checkpoint__every=50)
+    row = {"arm": "a", "seed": 0, "config": json.loads(to_json(cell.config))}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    script = (
+        "import os, subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-m', 'slm.study.running', sys.argv[1], str(os.getpid())])\n"
+        "time.sleep(100)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "rows.json")]
+    parent = subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
+    until = time.time() + 120
+    while not cell.history() and time.time() < until:
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    with locked(cell.folder):  # waits for the worker
+        assert 0 < cell.history()[-1]["step"] < 100_000
+    assert cell.result() is None
+
+
 def test_a_pack_that_the_kernel_kills_is_tried_one_by_one(tmp_path, monkeypatch):
     cells = cells_of(tmp_path, RATES, (0,))
     given = []
@@ -244,7 +266,7 @@ def test_a_pack_that_the_kernel_kills_is_tried_one_by_one(tmp_path, monkeypatch)
         returncode = -9
 
         def __init__(self, command, **_):
-            rows = json.loads(Path(command[-1]).read_text())
+            rows = json.loads(Path(command[-2]).read_text())
             given.append([row["arm"] for row in rows])
             if given[-1] == ["slow"]:
                 self.returncode = 0

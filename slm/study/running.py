@@ -26,7 +26,7 @@ from slm.errors import ConfigError, DivergenceError, SlmError
 from slm.models.counts import flops_per_token
 from slm.study.cells import RESULT, Cell, measured, own_mechanisms
 from slm.study.packing import packs, train_pack
-from slm.study.watching import Said, watched
+from slm.study.watching import POLL, Said, watched
 from slm.training.signals import StopRequest
 
 MOST = 16
@@ -205,8 +205,8 @@ def _in_processes(groups: list[list[Cell]], processes: int, said: Said) -> None:
             rows = [{"arm": c.arm, "seed": c.seed, "config": json.loads(to_json(c.config))} for c in group]
             file.write_text(json.dumps(rows))
             process = subprocess.Popen(
-                [sys.executable, "-m", "slm.study.running", str(file)], env=_environment(slot, processes),
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-m", "slm.study.running", str(file), str(os.getpid())],
+                env=_environment(slot, processes), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             running.append(process)
             if stopping.is_set():  # meanwhile
@@ -282,7 +282,15 @@ def _line(cell: Cell, result: dict) -> str:
     return f"{name}: {score} {result[score]:.4f}, {result['seconds']:.0f} s"
 
 
-def _worker(file: str) -> int:
+def _end_after(parent: int) -> None:
+    """Stops this process, which then saves, when the one that wanted its work is gone, and be it killed."""
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _worker(file: str, parent: int) -> int:
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     if cores := os.environ.get(CORES):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     rows = json.loads(Path(file).read_text())
@@ -295,4 +303,4 @@ def _worker(file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_worker(sys.argv[1]))
+    sys.exit(_worker(sys.argv[1], int(sys.argv[2])))

@@ -12,7 +12,7 @@ from slm.training.run import METRICS
 
 Said = Callable[[str], None]
 POLL = 1.0
-"""Seconds between looks into run folders, which also tell of runs in other processes."""
+"""Seconds between looks at what other processes do."""
 
 
 @contextlib.contextmanager
