@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -170,6 +171,15 @@ def test_configs_are_the_base_with_the_changes():
     assert list(made) == list(grid(TWO).names)
     for arm in grid(TWO):
         assert made[arm.name] == override(base, dict(arm.changes))
+
+
+def test_a_window_that_nothing_fills_is_pointed_out():
+    base = override(Experiment(), {"data.sequence_length": 64})
+    with pytest.warns(UserWarning, match="arm 'window': window has a window of .* and sequences have 64"):
+        configs(base, {"model.attention": ["softmax", "window"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        configs(base, {"model.attention": ["window"], "model.mixer.window": [16]})
 
 
 def test_the_room_offers_its_names():

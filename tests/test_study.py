@@ -35,6 +35,9 @@ def test_what_came_of_it(runs):
     assert table.cells["faster", "loss"].difference.mean == pytest.approx(np.mean(paired))
     assert values["lost"] == {0: None, 1: None}
     assert table.cells["base", "params"].n == 0  # no seed changes it
+    # All trained in one program, whose speed is measured once, whatever each run's file says.
+    assert table.cells["faster", "tokens_per_s"].n == 0
+    assert np.isnan(table.cells["faster", "tokens_per_s"].difference.p)
     assert "lost" in str(table)
 
 

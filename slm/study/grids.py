@@ -12,6 +12,7 @@ Field names and types are checked when a grid is written, what only a whole conf
 
 import dataclasses
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -235,8 +236,24 @@ def configs(base: Experiment, grid: Grid | Mapping[str, Any]) -> dict[str, Exper
         except ConfigError as error:
             fields = ", ".join(f"{path} = {text_of(value)}" for path, value in arm.changes.items())
             raise ConfigError(f"arm '{arm.name}' ({fields or 'no change'}): {error}") from error
+        _warn_of_wide_windows(arm.name, cfg)
         made[arm.name] = cfg
     return made
+
+
+def _warn_of_wide_windows(arm: str, cfg: Experiment) -> None:
+    """A window that no sequence fills makes an arm the same as full attention, which its table would call a tie."""
+    from slm.models.mixers import layers
+
+    longest = longest_sequence(cfg.data)
+    windows = {layer.mechanism: layer.configured.mixer.window for layer in layers(cfg.model)}
+    for name, window in windows.items():
+        if window and window >= longest:
+            warnings.warn(
+                f"arm '{arm}': {name} has a window of {window} tokens and sequences have {longest}, so that it sees all "
+                "of them: set a smaller model.mixer.window",
+                stacklevel=3,
+            )
 
 
 def as_grid(part: Grid | Mapping[str, Any]) -> Grid:

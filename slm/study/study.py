@@ -27,7 +27,7 @@ from slm.study.table import HIGHER_IS_BETTER, Table, make_table
 FIXED = ("parameters", "non_embedding", "flops_per_token", "state_bytes", "peak_bytes")
 """Metrics that no seed changes."""
 DEPENDS_ON_PACK = ("tokens_per_second", "peak_bytes", "seconds", "compile_seconds")
-"""Metrics that depend on how many runs trained together."""
+"""Metrics that depend on how many runs trained together, of which there is then one measurement, not several."""
 
 
 def ablate(
@@ -156,9 +156,11 @@ class Study:
         packs = {row.get("packed", 1) for row in self.rows()}
         for metric in metrics:
             for arm, by_seed in self.values(metric).items():
-                fixed = [value for value in by_seed.values() if value is not None]
-                if SHORT.get(metric, metric) in FIXED:
-                    results[arm][metric] = fixed[0] if fixed else None
+                known, name = [value for value in by_seed.values() if value is not None], SHORT.get(metric, metric)
+                if name in FIXED:
+                    results[arm][metric] = known[0] if known else None
+                elif name in DEPENDS_ON_PACK and max(packs) > 1:
+                    results[arm][metric] = float(np.mean(known)) if known else None
                 else:
                     results[arm][metric] = by_seed
         table = make_table(results, metrics, base=self.base, level=level)
