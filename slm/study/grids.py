@@ -250,8 +250,8 @@ def _warn_of_wide_windows(arm: str, cfg: Experiment) -> None:
     for name, window in windows.items():
         if window and window >= longest:
             warnings.warn(
-                f"arm '{arm}': {name} has a window of {window} tokens and sequences have {longest}, so that it sees all "
-                "of them: set a smaller model.mixer.window",
+                f"arm '{arm}': {name} has a window of {window} tokens and sequences have {longest}, so that it sees "
+                "all of them: set a smaller model.mixer.window",
                 stacklevel=3,
             )
 
