@@ -71,10 +71,9 @@ def kill_until(folder: Path, kills: int, seed: int = 0, pack: int = 4, steps: in
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             done += 1
-        else:  # it got to its end: begin another one, so that there is something to kill
+        else:  # it got to its end, and nothing is left to kill
             assert process.returncode == 0, process.stderr.read().decode()[-2000:]
-            if done < kills:
-                break
+            break
         process.wait()
         for result in (folder / "killed").glob("cells/*/result.json"):
             ended.setdefault(result, (result.parent / "metrics.jsonl").stat().st_mtime_ns)

@@ -216,7 +216,6 @@ def test_a_pool_that_is_told_to_end(tmp_path, monkeypatch):
     """SIGTERM, as a scheduler sends it: processes save and end, and nothing counts as failed."""
     monkeypatch.setenv("XLA_FLAGS", "")
     cells = cells_of(tmp_path, {"a": {}, "b": {"model.width": 16}}, (0,), train__steps=100_000, checkpoint__every=50)
-    (cells[0].folder).mkdir(parents=True)
     cells[0].finish("failed", error="of old")
 
     def end():
@@ -231,9 +230,6 @@ def test_a_pool_that_is_told_to_end(tmp_path, monkeypatch):
     assert [cell.result() for cell in cells] == [None, None]
     assert cells[0].history()[-1]["step"] < 100_000
     assert not cells[1].folder.exists()
-    time.sleep(0.1)
-    with locked(cells[0].folder):  # nobody trains it any more
-        pass
 
 
 def test_workers_end_with_the_process_that_wanted_their_work(tmp_path):

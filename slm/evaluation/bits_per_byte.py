@@ -105,7 +105,7 @@ def evaluate(
 
     slm.evaluate(run)                       # what the run held out from training
     slm.evaluate(model, "any text")
-    slm.evaluate(model, "tfds:lm1b:test")
+    slm.evaluate(model, "tfds:lm1b/test")
 
     A string is a source if it names one that exists or looks as if it should (slm.data.sources.names_a_source:
     `cpython`, `tfds:...`, `synthetic:...`, an existing file or folder, one word with a slash or a known suffix);
